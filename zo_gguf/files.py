@@ -1,0 +1,68 @@
+"""Small helpers for files that must never be half written or silently wrong."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from zo_gguf.errors import ZoError
+
+_CHUNK = 1 << 20
+
+
+def require_file(path: str | os.PathLike[str], what: str) -> Path:
+    """Return `path` as a Path.
+
+    Args:
+        path: The file to look for.
+        what: How the error names it, such as "mask".
+
+    Raises:
+        ZoError: `path` is not a readable, non-empty file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ZoError(f"The {what} {str(path)!r} is not a file; check the path.")
+    if not os.access(path, os.R_OK):
+        raise ZoError(f"The {what} {str(path)!r} cannot be read; check its permissions.")
+    if path.stat().st_size == 0:
+        raise ZoError(f"The {what} {str(path)!r} is empty; make or download it again.")
+    return path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Write a file so that `path` holds either the old bytes or all of the new ones.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk and renamed; on any
+    exception the temporary file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; give the usual permissions instead.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
