@@ -1,0 +1,325 @@
+// The engine's eval callback: overlays after matrix products, losses at the output node.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "error.h"
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "loss.h"
+#include "sparse.h"
+#include "store.h"
+#include "zo.h"
+
+namespace {
+
+constexpr std::string_view OUTPUT_NODE = "result_output";
+
+// Consecutive columns of one branch.
+struct column_range {
+    int64_t first, end;
+    int32_t branch;
+};
+
+std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
+    std::vector<column_range> ranges;
+    for (int64_t i = 0; i < n; ++i) {
+        if (ranges.empty() || ranges.back().branch != branch[i]) {
+            ranges.push_back({ i, i, branch[i] });
+        }
+        ranges.back().end = i + 1;
+    }
+    return ranges;
+}
+
+// Weights copied to a device are renamed "DEVICE#name#n"; give back the name in the file.
+std::string_view weight_name(const ggml_tensor * t) {
+    std::string_view name(t->name);
+    const size_t     first = name.find('#'), last = name.rfind('#');
+    return first == last ? name : name.substr(first + 1, last - first - 1);
+}
+
+// A node's matrix in host memory: the tensor's own bytes, or a copy of them.
+struct host_view {
+    std::vector<char> copy;
+    char *            data = nullptr;
+
+    host_view(const ggml_tensor * t, bool staged) {
+        if (staged) {
+            copy.resize(ggml_nbytes(t));
+            ggml_backend_tensor_get(t, copy.data(), 0, copy.size());
+        }
+        data = staged ? copy.data() : (char *) t->data;
+    }
+    zo::columns columns(const ggml_tensor * t) const {
+        return { data, t->ne[1], t->ne[2], t->nb[1], t->nb[2], t->nb[3] };
+    }
+};
+
+bool in_host_memory(const ggml_tensor * t) {
+    ggml_backend_buffer * buffer = t->view_src != nullptr ? t->view_src->buffer : t->buffer;
+    return buffer == nullptr || ggml_backend_buffer_is_host(buffer);
+}
+
+int64_t n_columns(const ggml_tensor * t) {
+    return t->ne[1] * t->ne[2] * t->ne[3];
+}
+
+}  // namespace
+
+struct zo_hook {
+    zo_store *         store        = nullptr;
+    int                n_threads    = 1;
+    bool               force_staged = false;
+    zo::sparse_scratch scratch;
+
+    bool                      open = false;  // between begin and end with a batch
+    std::vector<zo_branch>    branches;
+    std::vector<column_range> tokens, outputs;
+    int64_t                   n_tokens = 0, n_outputs = 0;
+    zo::targets               wanted;
+    std::vector<double>       nll;
+    bool                      saw_output = false;
+    std::vector<int32_t>      fired;  // [weights] matrix products seen
+    std::string               error;  // first failure inside a callback
+
+    bool on_node(ggml_tensor * node);
+    bool overlay(ggml_tensor * node, const zo::sparse_weight & weight);
+    bool losses(const ggml_tensor * node);
+    bool refuse(std::string text);
+};
+
+bool zo_hook::refuse(std::string text) {
+    if (error.empty()) {
+        error = std::move(text);
+    }
+    return false;
+}
+
+bool zo_hook::overlay(ggml_tensor * node, const zo::sparse_weight & weight) {
+    const ggml_tensor * x = node->src[1];
+    if (node->op != GGML_OP_MUL_MAT || node->src[0]->ne[2] != 1 || node->src[0]->ne[3] != 1) {
+        return refuse("the weight " + weight.name + " is not used as a plain matrix product (" +
+                      ggml_op_name(node->op) + "), so its entries cannot be tuned; leave it out of the mask");
+    }
+    if (x->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) ||
+        x->ne[0] != weight.n_cols || node->ne[0] != weight.n_rows) {
+        return refuse("the matrix product with " + weight.name + " has an unexpected shape or type");
+    }
+    const int64_t             n = n_columns(node);
+    std::vector<column_range> all{ { 0, n, 0 } };
+    // The engine drops all but the output columns somewhere in the last layer.
+    const std::vector<column_range> * ranges = &all;
+    if (open) {
+        if (n != n_tokens && n != n_outputs) {
+            return refuse("the engine split the batch: " + weight.name + " got " + std::to_string(n) +
+                          " columns instead of " + std::to_string(n_tokens));
+        }
+        ranges = n == n_tokens ? &tokens : &outputs;
+    }
+    const bool  staged = force_staged || !in_host_memory(node) || !in_host_memory(x);
+    host_view   in(x, staged), out(node, staged);
+    zo::columns x_columns = in.columns(x), y_columns = out.columns(node);
+    for (const column_range & range : *ranges) {
+        zo::sparse_apply(weight, store->branch_values(weight, branches[(size_t) range.branch]), x_columns,
+                         y_columns, range.first, range.end, n_threads, scratch);
+    }
+    if (staged) {
+        ggml_backend_tensor_set(node, out.data, 0, out.copy.size());
+    }
+    fired[weight.id] += 1;
+    return true;
+}
+
+bool zo_hook::losses(const ggml_tensor * node) {
+    if (n_columns(node) != n_outputs || node->type != GGML_TYPE_F32) {
+        return refuse("the output node has " + std::to_string(n_columns(node)) + " columns instead of " +
+                      std::to_string(n_outputs));
+    }
+    for (const int32_t token : wanted.token) {
+        if (token >= node->ne[0]) {
+            return refuse("target token " + std::to_string(token) + " is outside the vocabulary of " +
+                          std::to_string(node->ne[0]));
+        }
+    }
+    const host_view logits(node, force_staged || !in_host_memory(node));
+    zo::negative_log_likelihoods(logits.data, node->ne[0], node->nb[1], wanted, n_threads, nll.data());
+    saw_output = true;
+    return true;
+}
+
+bool zo_hook::on_node(ggml_tensor * node) {
+    const zo::sparse_weight * weight =
+        store != nullptr && node->src[0] != nullptr ? store->find(weight_name(node->src[0])) : nullptr;
+    // The head may itself be tuned: its overlay comes before the losses.
+    if (weight != nullptr && node->op != GGML_OP_GET_ROWS && !overlay(node, *weight)) {
+        return false;
+    }
+    return !open || OUTPUT_NODE != node->name || losses(node);
+}
+
+bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
+    zo_hook * hook = (zo_hook *) user_data;
+    if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
+        return !ask;
+    }
+    if (ask) {
+        if (hook->open && OUTPUT_NODE == node->name) {
+            return true;
+        }
+        const ggml_tensor * w       = node->src[0];
+        const bool          product = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
+        return product && hook->store != nullptr && hook->store->find(weight_name(w)) != nullptr;
+    }
+    try {
+        return hook->on_node(node);
+    } catch (const std::exception & e) {
+        return hook->refuse(e.what());
+    }
+}
+
+using zo::fail;
+using zo::guarded;
+
+const char * zo_engine_version(void) {
+    return ZO_ENGINE_VERSION;
+}
+
+zo_status zo_check_engine(void) {
+    return guarded([&] {
+        ggml_init_params params{ 1 << 16, nullptr, true };
+        ggml_context *   ctx = ggml_init(params);
+        if (ctx == nullptr) {
+            return fail(ZO_MEMORY, "ggml_init failed");
+        }
+        ggml_tensor * w = ggml_new_tensor_2d(ctx, GGML_TYPE_Q4_0, 64, 3);
+        ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 64, 5);
+        ggml_tensor * y = ggml_mul_mat(ctx, w, x);
+        ggml_set_name(y, "probe");
+        const bool agrees = y->src[0] == w && y->src[1] == x && y->ne[0] == 3 && y->ne[1] == 5 &&
+                            y->ne[3] == 1 && y->nb[0] == sizeof(float) && y->nb[1] == 3 * sizeof(float) &&
+                            y->type == GGML_TYPE_F32 && w->type == GGML_TYPE_Q4_0 && w->view_src == nullptr &&
+                            y->data == nullptr && y->buffer == nullptr &&
+                            std::strcmp(y->name, "probe") == 0 &&
+                            std::strcmp(ggml_op_name(y->op), "MUL_MAT") == 0 &&
+                            std::strcmp(ggml_op_name(GGML_OP_MUL_MAT_ID), "MUL_MAT_ID") == 0 &&
+                            std::strcmp(ggml_op_name(GGML_OP_GET_ROWS), "GET_ROWS") == 0;
+        ggml_free(ctx);
+        return agrees ? ZO_OK : fail(ZO_GRAPH, "the layout of ggml_tensor differs");
+    });
+}
+
+const char * zo_last_error(void) {
+    return zo::last_error().c_str();
+}
+
+zo_status zo_hook_init(zo_hook ** hook, zo_store * store, int32_t n_threads, bool force_staged) {
+    return guarded([&] {
+        if (hook == nullptr || n_threads < 1) {
+            return fail(ZO_ARGUMENT, "a hook needs at least one thread");
+        }
+        *hook                 = new zo_hook;
+        (*hook)->store        = store;
+        (*hook)->n_threads    = n_threads;
+        (*hook)->force_staged = force_staged;
+        return ZO_OK;
+    });
+}
+
+void zo_hook_free(zo_hook * hook) {
+    delete hook;
+}
+
+static zo_status check_batch(const zo_batch & batch) {
+    if (batch.n_tokens < 1 || batch.n_outputs < 1 || batch.n_outputs > batch.n_tokens ||
+        batch.n_branches < 1 || batch.n_targets < 1) {
+        return fail(ZO_ARGUMENT, "a batch needs tokens, outputs, branches and targets");
+    }
+    const auto in_range = [](const int32_t * a, int32_t n, int32_t limit) {
+        return std::all_of(a, a + n, [&](int32_t v) { return v >= 0 && v < limit; });
+    };
+    if (!in_range(batch.token_branch, batch.n_tokens, batch.n_branches) ||
+        !in_range(batch.output_branch, batch.n_outputs, batch.n_branches) ||
+        !in_range(batch.target_output, batch.n_targets, batch.n_outputs) ||
+        !std::is_sorted(batch.target_output, batch.target_output + batch.n_targets) ||
+        std::any_of(batch.target_token, batch.target_token + batch.n_targets,
+                    [](int32_t t) { return t < 0; })) {
+        return fail(ZO_ARGUMENT, "a batch refers to a branch, output or token that does not exist");
+    }
+    return ZO_OK;
+}
+
+zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
+    return guarded([&] {
+        if (hook == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_hook_begin got a null pointer");
+        }
+        hook->error.clear();
+        hook->saw_output = false;
+        hook->fired.assign(hook->store != nullptr ? hook->store->weights.size() : 0, 0);
+        hook->open = false;
+        hook->branches.assign(1, zo_branch{ 0, 0.0f });
+        if (batch == nullptr) {
+            return ZO_OK;
+        }
+        const zo_status status = check_batch(*batch);
+        if (status != ZO_OK) {
+            return status;
+        }
+        hook->open      = true;
+        hook->n_tokens  = batch->n_tokens;
+        hook->n_outputs = batch->n_outputs;
+        hook->branches.assign(batch->branches, batch->branches + batch->n_branches);
+        hook->tokens  = ranges_of(batch->token_branch, batch->n_tokens);
+        hook->outputs = ranges_of(batch->output_branch, batch->n_outputs);
+        hook->wanted.output.assign(batch->target_output, batch->target_output + batch->n_targets);
+        hook->wanted.token.assign(batch->target_token, batch->target_token + batch->n_targets);
+        hook->nll.assign((size_t) batch->n_targets, NAN);
+        if (hook->store != nullptr) {
+            std::vector<uint64_t> seeds;
+            for (const zo_branch & branch : hook->branches) {
+                if (branch.scale != 0) {
+                    seeds.push_back(branch.seed);
+                }
+            }
+            // A pass at theta itself needs no noise; what the next commit will want stays cached.
+            if (!seeds.empty()) {
+                hook->store->keep_noise(seeds);
+            }
+        }
+        return ZO_OK;
+    });
+}
+
+zo_status zo_hook_end(zo_hook * hook, double * nll) {
+    return guarded([&] {
+        if (hook == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_hook_end got a null pointer");
+        }
+        const bool had_batch = hook->open;
+        hook->open           = false;
+        if (!hook->error.empty()) {
+            return fail(ZO_GRAPH, hook->error);
+        }
+        std::string silent;
+        for (size_t i = 0; i < hook->fired.size(); ++i) {
+            if (hook->fired[i] == 0) {
+                silent += (silent.empty() ? "" : ", ") + hook->store->weights[i].name;
+            }
+        }
+        if (!silent.empty()) {
+            return fail(ZO_GRAPH, "the engine never multiplied by: " + silent);
+        }
+        if (had_batch && !hook->saw_output) {
+            return fail(ZO_GRAPH, "the engine's graph has no node named result_output");
+        }
+        if (had_batch && nll != nullptr) {
+            std::memcpy(nll, hook->nll.data(), hook->nll.size() * sizeof(double));
+        }
+        return ZO_OK;
+    });
+}

@@ -1,0 +1,22 @@
+// Negative log-likelihoods from logits.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace zo {
+
+// Which tokens' likelihoods are wanted: target i is `token[i]` at output column `output[i]`, ascending.
+struct targets {
+    std::vector<int32_t> output;
+    std::vector<int32_t> token;
+};
+
+// nll[i] = logsumexp(logits of column output[i]) - logit of token[i]. `logits` is [n_vocab] per column,
+// columns `stride` bytes apart. The bits do not depend on n_threads.
+void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
+                              int n_threads, double * nll);
+
+}  // namespace zo

@@ -1,0 +1,246 @@
+#include "store.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "error.h"
+#include "parallel.h"
+#include "rng.h"
+#include "zo.h"
+
+namespace zo {
+
+std::string & last_error() {
+    thread_local std::string text;
+    return text;
+}
+
+// z[0 .. 4 * n_blocks) from block `first` on. Sixteen blocks at a time, lane by lane, is the shape
+// that compilers turn into vector code.
+ZO_MULTIVERSION
+static void noise_blocks(uint64_t seed, uint32_t tensor, uint64_t first, int64_t n_blocks, float * z) {
+    constexpr int lanes = 16;
+    int64_t       b     = 0;
+    for (; b + lanes <= n_blocks; b += lanes) {
+        uint32_t word[4][lanes];
+        float    lane[4][lanes];
+        for (int i = 0; i < lanes; ++i) {
+            const philox_block words = philox(seed, tensor, first + (uint64_t) (b + i));
+            word[0][i]               = words.x[0];
+            word[1][i]               = words.x[1];
+            word[2][i]               = words.x[2];
+            word[3][i]               = words.x[3];
+        }
+        for (int k = 0; k < 4; k += 2) {
+            for (int i = 0; i < lanes; ++i) {
+                normal_pair(word[k][i], word[k + 1][i], lane[k][i], lane[k + 1][i]);
+            }
+        }
+        for (int i = 0; i < lanes; ++i) {
+            for (int k = 0; k < 4; ++k) {
+                z[4 * (b + i) + k] = lane[k][i];
+            }
+        }
+    }
+    for (; b < n_blocks; ++b) {
+        normal_block(seed, tensor, first + (uint64_t) b, z + 4 * b);
+    }
+}
+
+static void noise_range(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z) {
+    const int64_t end = first + n;
+    int64_t       i   = first;
+    float         part[4];
+    const auto    copy = [&](int64_t until) {  // the part of one block that the range covers
+        normal_block(seed, tensor, (uint64_t) (i / 4), part);
+        for (; i < until; ++i) {
+            z[i - first] = part[i % 4];
+        }
+    };
+    if (i % 4 != 0) {
+        copy(std::min(end, (i / 4 + 1) * 4));
+    }
+    const int64_t n_blocks = (end - i) / 4;
+    noise_blocks(seed, tensor, (uint64_t) (i / 4), n_blocks, z + (i - first));
+    i += 4 * n_blocks;
+    if (i < end) {
+        copy(end);
+    }
+}
+
+static zo_status build_weight(sparse_weight & w, int64_t nnz, const int64_t * indices) {
+    int64_t previous = -1;
+    for (int64_t i = 0; i < nnz; ++i) {
+        if (indices[i] <= previous || indices[i] >= w.n_rows * w.n_cols) {
+            return fail(ZO_ARGUMENT, "indices of " + w.name + " are not sorted, unique and in range");
+        }
+        previous          = indices[i];
+        const int32_t row = (int32_t) (indices[i] / w.n_cols);
+        if (w.rows.empty() || w.rows.back() != row) {
+            w.rows.push_back(row);
+            w.row_ptr.push_back((int32_t) i);
+        }
+        w.col.push_back((int32_t) (indices[i] % w.n_cols));
+    }
+    w.row_ptr.push_back((int32_t) nnz);
+    w.cols = w.col;
+    std::sort(w.cols.begin(), w.cols.end());
+    w.cols.erase(std::unique(w.cols.begin(), w.cols.end()), w.cols.end());
+    w.cols.shrink_to_fit();
+    for (int32_t & col : w.col) {
+        col = (int32_t) (std::lower_bound(w.cols.begin(), w.cols.end(), col) - w.cols.begin());
+    }
+    return ZO_OK;
+}
+
+}  // namespace zo
+
+using zo::fail;
+using zo::guarded;
+
+const zo::sparse_weight * zo_store::find(std::string_view name) const {
+    const auto it = by_name.find(name);
+    return it == by_name.end() ? nullptr : &weights[it->second];
+}
+
+void zo_store::fill_noise(uint64_t seed, float * z) const {
+    constexpr int64_t chunk = 1 << 14;
+    for (const zo::sparse_weight & w : weights) {
+        zo::parallel_for((w.nnz() + chunk - 1) / chunk, n_threads, [&](int64_t c, int) {
+            const int64_t first = c * chunk;
+            const int64_t n     = std::min(chunk, w.nnz() - first);
+            zo::noise_range(seed, w.id, first, n, z + w.offset + first);
+        });
+    }
+}
+
+const float * zo_store::noise(uint64_t seed) {
+    auto it = noise_.find(seed);
+    if (it == noise_.end()) {
+        std::vector<float> z(theta.size());
+        fill_noise(seed, z.data());
+        it = noise_.emplace(seed, std::move(z)).first;
+    }
+    return it->second.data();
+}
+
+const float * zo_store::branch_values(const zo::sparse_weight & weight, const zo_branch & branch) {
+    const float * masters = theta.data() + weight.offset;
+    if (branch.scale == 0) {
+        return masters;
+    }
+    const float * z = noise(branch.seed) + weight.offset;
+    values_.resize(std::max(values_.size(), (size_t) weight.nnz()));
+    for (int64_t i = 0; i < weight.nnz(); ++i) {
+        values_[(size_t) i] = masters[i] + branch.scale * z[i];
+    }
+    return values_.data();
+}
+
+void zo_store::keep_noise(const std::vector<uint64_t> & seeds) {
+    for (auto it = noise_.begin(); it != noise_.end();) {
+        const bool wanted = std::find(seeds.begin(), seeds.end(), it->first) != seeds.end();
+        it                = wanted ? std::next(it) : noise_.erase(it);
+    }
+}
+
+zo_status zo_noise(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z) {
+    if (z == nullptr || first < 0 || n < 0) {
+        return fail(ZO_ARGUMENT, "zo_noise needs a non-negative range and an array");
+    }
+    zo::noise_range(seed, tensor, first, n, z);
+    return ZO_OK;
+}
+
+zo_status zo_store_init(zo_store ** store, int32_t n_threads) {
+    return guarded([&] {
+        if (store == nullptr || n_threads < 1) {
+            return fail(ZO_ARGUMENT, "a store needs at least one thread");
+        }
+        *store              = new zo_store;
+        (*store)->n_threads = n_threads;
+        return ZO_OK;
+    });
+}
+
+void zo_store_free(zo_store * store) {
+    delete store;
+}
+
+zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int64_t n_cols, int64_t nnz,
+                       const int64_t * indices, const float * theta) {
+    return guarded([&] {
+        constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+        if (store == nullptr || name == nullptr || indices == nullptr || theta == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_store_add got a null pointer");
+        }
+        if (n_rows < 1 || n_cols < 1 || nnz < 1 || n_rows > limit || n_cols > limit || nnz > limit) {
+            return fail(ZO_ARGUMENT, std::string("sizes of ") + name + " are out of range");
+        }
+        if (store->by_name.count(name) != 0) {
+            return fail(ZO_ARGUMENT, std::string(name) + " was added before");
+        }
+        zo::sparse_weight w;
+        w.name   = name;
+        w.n_rows = n_rows;
+        w.n_cols = n_cols;
+        w.offset = (int64_t) store->theta.size();
+        w.id     = (uint32_t) store->weights.size();
+        w.col.reserve((size_t) nnz);
+        const zo_status status = zo::build_weight(w, nnz, indices);
+        if (status != ZO_OK) {
+            return status;
+        }
+        store->keep_noise({});
+        store->theta.insert(store->theta.end(), theta, theta + nnz);
+        store->weights.push_back(std::move(w));
+        store->by_name.emplace(name, store->weights.size() - 1);
+        return ZO_OK;
+    });
+}
+
+int64_t zo_store_size(const zo_store * store) {
+    return store == nullptr ? 0 : (int64_t) store->theta.size();
+}
+
+zo_status zo_store_read(const zo_store * store, float * theta) {
+    if (store == nullptr || theta == nullptr) {
+        return fail(ZO_ARGUMENT, "zo_store_read got a null pointer");
+    }
+    std::memcpy(theta, store->theta.data(), store->theta.size() * sizeof(float));
+    return ZO_OK;
+}
+
+zo_status zo_store_write(zo_store * store, const float * theta) {
+    if (store == nullptr || theta == nullptr) {
+        return fail(ZO_ARGUMENT, "zo_store_write got a null pointer");
+    }
+    std::memcpy(store->theta.data(), theta, store->theta.size() * sizeof(float));
+    return ZO_OK;
+}
+
+zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z) {
+    return guarded([&] {
+        if (store == nullptr || z == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_store_noise got a null pointer");
+        }
+        store->keep_noise({ seed });
+        std::memcpy(z, store->noise(seed), store->theta.size() * sizeof(float));
+        return ZO_OK;
+    });
+}
+
+zo_status zo_store_commit(zo_store * store, uint64_t seed, float coefficient) {
+    return guarded([&] {
+        if (store == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_store_commit got a null pointer");
+        }
+        store->keep_noise({ seed });
+        const float * z = store->noise(seed);
+        for (size_t i = 0; i < store->theta.size(); ++i) {
+            store->theta[i] = store->theta[i] + coefficient * z[i];
+        }
+        return ZO_OK;
+    });
+}

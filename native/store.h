@@ -1,0 +1,53 @@
+// The f32 masters of all trainable entries, and where in the weights they lie.
+
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "zo.h"
+
+namespace zo {
+
+// The entries of one weight in compressed rows. Columns are numbered by their rank among the columns
+// that hold any entry, so that a kernel gathers each of them once.
+struct sparse_weight {
+    std::string          name;
+    int64_t              n_rows = 0;
+    int64_t              n_cols = 0;
+    int64_t              offset = 0;  // of the first entry in theta
+    uint32_t             id     = 0;  // the noise's tensor number
+    std::vector<int32_t> rows;        // rows that hold entries, ascending
+    std::vector<int32_t> row_ptr;     // [rows + 1] first entry of each
+    std::vector<int32_t> cols;        // columns that hold entries, ascending
+    std::vector<int32_t> col;         // [nnz] position in cols
+
+    int64_t nnz() const { return (int64_t) col.size(); }
+};
+
+}  // namespace zo
+
+struct zo_store {
+    int                                        n_threads = 1;
+    std::vector<zo::sparse_weight>             weights;
+    std::vector<float>                         theta;
+    std::map<std::string, size_t, std::less<>> by_name;
+
+    // z(seed) of all entries. Kept until other seeds are wanted, because the two branches of a
+    // symmetric probe and the commit that follows ask for the same one.
+    const float * noise(uint64_t seed);
+    // Drops cached noise beyond the given seeds, so that at most those are held.
+    void keep_noise(const std::vector<uint64_t> & seeds);
+    void fill_noise(uint64_t seed, float * z) const;
+    // theta + scale * z(seed) of one weight, valid until the next call.
+    const float * branch_values(const zo::sparse_weight & weight, const zo_branch & branch);
+
+    const zo::sparse_weight * find(std::string_view name) const;
+
+private:
+    std::map<uint64_t, std::vector<float>> noise_;
+    std::vector<float>                     values_;
+};

@@ -1,0 +1,122 @@
+// libzo: sparse weight perturbations inside a stock llama.cpp forward pass.
+//
+// The engine calls `zo_hook_eval` for every graph node (llama_context_params.cb_eval). At a matrix
+// product with a weight that has trainable entries, the hook adds S*x to the product, where S holds
+// theta + scale * z(seed) at the entries of the store: the quantized weight itself is never touched.
+// At the output node it reduces the logits to one negative log-likelihood per target.
+//
+// Plain C, opaque handles, status codes; `zo_last_error` says what went wrong in words. Matrices are
+// row-major with the input dimension contiguous, as in ggml. A handle must not be used by two threads
+// at once.
+
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define ZO_API __declspec(dllexport)
+#else
+#define ZO_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_tensor;
+
+typedef struct zo_store zo_store;
+typedef struct zo_hook  zo_hook;
+
+typedef enum zo_status {
+    ZO_OK       = 0,
+    ZO_ARGUMENT = 1,  // an argument is out of range or contradicts another
+    ZO_MEMORY   = 2,  // allocation failed
+    ZO_GRAPH    = 3,  // the engine's graph is not what the hook was told to expect
+} zo_status;
+
+// A probe as one forward pass sees it: every trainable entry is theta + scale * z(seed).
+typedef struct zo_branch {
+    uint64_t seed;
+    float    scale;
+} zo_branch;
+
+// What one llama_decode holds. Token columns stand in batch order; output columns are the tokens with
+// a logits flag, in the same order. Arrays are copied by zo_hook_begin.
+typedef struct zo_batch {
+    int32_t           n_tokens;
+    int32_t           n_outputs;
+    int32_t           n_branches;
+    int32_t           n_targets;
+    const int32_t *   token_branch;   // [n_tokens]  index into branches
+    const int32_t *   output_branch;  // [n_outputs] index into branches
+    const zo_branch * branches;       // [n_branches]
+    const int32_t *   target_output;  // [n_targets] output column, ascending
+    const int32_t *   target_token;   // [n_targets] token id whose likelihood is wanted
+} zo_batch;
+
+// Version of llama-cpp-python whose headers this library was compiled with.
+ZO_API const char * zo_engine_version(void);
+
+// Builds a small graph with the loaded engine and reads it back through the structs this library was
+// compiled with. Anything but ZO_OK means that installing a hook would read garbage.
+ZO_API zo_status zo_check_engine(void);
+
+// Text of the last failure on this thread, never NULL.
+ZO_API const char * zo_last_error(void);
+
+// n standard normal values z[first .. first+n) of tensor number `tensor` under `seed`. The same bits
+// on every machine and for any split of the range.
+ZO_API zo_status zo_noise(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z);
+
+// ---- store: the f32 masters of all trainable entries ------------------------------------------------
+
+ZO_API zo_status zo_store_init(zo_store ** store, int32_t n_threads);
+ZO_API void      zo_store_free(zo_store * store);
+
+// Appends a weight's entries: sorted, unique flat indices (row * n_cols + col) and their masters.
+ZO_API zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int64_t n_cols,
+                              int64_t nnz, const int64_t * indices, const float * theta);
+
+ZO_API int64_t   zo_store_size(const zo_store * store);                       // entries of all weights
+ZO_API zo_status zo_store_read(const zo_store * store, float * theta);        // [size]
+ZO_API zo_status zo_store_write(zo_store * store, const float * theta);       // [size]
+ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z);  // [size]
+
+// theta += coefficient * z(seed), one multiplication and one addition per entry, each rounded to f32.
+ZO_API zo_status zo_store_commit(zo_store * store, uint64_t seed, float coefficient);
+
+// ---- kernels by themselves, on host arrays ----------------------------------------------------------
+
+// y += S * x with S the entries of one weight under a branch. x: [n_tokens][n_cols] with x_stride floats
+// between tokens, y: [n_tokens][n_rows] with y_stride.
+ZO_API zo_status zo_store_apply(zo_store * store, const char * name, zo_branch branch, int64_t n_tokens,
+                                const float * x, int64_t x_stride, float * y, int64_t y_stride);
+
+// nll[n_targets] from logits [n_outputs][n_vocab] with `stride` floats between outputs.
+ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
+                           const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
+                           double * nll);
+
+// ---- hook -------------------------------------------------------------------------------------------
+
+// `store` may be NULL (losses only) and must outlive the hook. With `force_staged`, tensors go through
+// ggml_backend_tensor_get/set as they do for device buffers.
+ZO_API zo_status zo_hook_init(zo_hook ** hook, zo_store * store, int32_t n_threads, bool force_staged);
+ZO_API void      zo_hook_free(zo_hook * hook);
+
+// The engine's callback; `hook` is its user data.
+ZO_API bool zo_hook_eval(struct ggml_tensor * node, bool ask, void * hook);
+
+// Before llama_decode: what the batch holds. NULL lets any batch pass with theta applied to all of its
+// columns and no losses, which is how a tuned model generates text.
+ZO_API zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch);
+
+// After llama_decode: nll[n_targets] = logsumexp(logits) - logits[token]. Fails if the graph was not
+// the expected one, if a weight of the store was never multiplied, or if no output node was seen.
+ZO_API zo_status zo_hook_end(zo_hook * hook, double * nll);
+
+#ifdef __cplusplus
+}
+#endif
