@@ -1,0 +1,148 @@
+"""The delta: what tuning learned, as f32 values to add to the dequantized weights of one GGUF.
+
+Made by tune, read by evaluate, merge and attach. Files carry no time stamps: the same run gives the
+same bytes. How the values were learned is not known here beyond the recorded provenance.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.errors import ZoError
+from zo_gguf.mask import Mask, check_base
+from zo_gguf.sparse_file import (
+    FORMAT_VERSION,
+    SparseEntries,
+    check_base_hash,
+    check_entries,
+    parse_header,
+    read_sparse,
+    slices_of,
+    write_sparse,
+)
+
+if TYPE_CHECKING:
+    from zo_gguf.gguf_file import GgufFile
+
+_KIND = "delta"
+_VALUE = "theta"
+
+
+@dataclass(frozen=True)
+class DeltaHeader:
+    """Where a delta comes from.
+
+    Attributes:
+        base_name: File name of the tuned GGUF.
+        base_sha256: `GgufFile.sha256()` of it.
+        method: The tuning method.
+        provenance: JSON values (finite numbers) such as step, seed and losses; no time stamps.
+        format_version: Version of the file layout.
+    """
+
+    base_name: str
+    base_sha256: str
+    method: str = "sensitive"
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Learned values on the positions of a mask.
+
+    Attributes:
+        tensors: GGUF tensor name -> int64 (n,), sorted unique flat indices, row * n_cols + col.
+        shapes: Same keys -> (n_rows, n_cols).
+        theta: float32 (nnz,), to be added to the dequantized weights; tensors in file order,
+            indices ascending.
+        header: Where the delta comes from.
+
+    Raises:
+        ZoError: On construction, when the parts do not fit together or theta is not finite.
+    """
+
+    tensors: dict[str, NDArray[np.int64]]
+    shapes: dict[str, tuple[int, int]]
+    theta: NDArray[np.float32]
+    header: DeltaHeader
+
+    def __post_init__(self) -> None:
+        nnz = sum(indices.size for indices in self.tensors.values())
+        if self.theta.shape != (nnz,):
+            raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {nnz} positions.")
+        check_entries(self._entries(), _KIND)
+
+    @classmethod
+    def from_mask(
+        cls, mask: Mask, theta: NDArray[np.float32], provenance: dict[str, Any]
+    ) -> "Delta":
+        """The delta that gives the weights of `mask` the values `theta`, float32 (nnz,)."""
+        header = DeltaHeader(
+            base_name=mask.header.base_name,
+            base_sha256=mask.header.base_sha256,
+            method=mask.header.method,
+            provenance=provenance,
+        )
+        return cls(mask.tensors, mask.shapes, theta, header)
+
+    @property
+    def nnz(self) -> int:
+        """Number of tuned weights."""
+        return int(self.theta.size)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor's entries lie in theta."""
+        return slices_of(self.tensors)
+
+    def as_rows(
+        self, name: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """One tensor's entries as (row, col, value), each (n,), sorted by row, then column."""
+        row, col = np.divmod(self.tensors[name], self.shapes[name][1])
+        return row, col, self.theta[self.slices()[name]]
+
+    def check_base(self, gguf: "GgufFile") -> None:
+        """Raise ZoError unless `gguf` is the file that this delta was made for."""
+        check_base(gguf, self.header.base_name, self.header.base_sha256, self.shapes, _KIND)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the delta as safetensors, atomically; equal deltas give equal bytes."""
+        write_sparse(path, _KIND, _VALUE, self.header, self._entries())
+
+    @classmethod
+    def load(cls, run_or_file: str | os.PathLike[str]) -> "Delta":
+        """Read and validate a delta file, or the delta of a run directory.
+
+        A run directory gives its `delta.safetensors`, or its latest checkpoint while it runs.
+
+        Raises:
+            ZoError: There is no delta, or it is damaged or of an unknown version.
+        """
+        path = _find(Path(run_or_file))
+        raw, entries = read_sparse(path, _KIND, _VALUE)
+        header = parse_header(DeltaHeader, raw, path)
+        check_base_hash(header.base_sha256, path)
+        check_entries(entries, f"{_KIND} {str(path)!r}")
+        theta = np.concatenate([entries.values[name] for name in entries.tensors])
+        return cls(entries.tensors, entries.shapes, theta, header)
+
+    def _entries(self) -> SparseEntries:
+        values = {name: self.theta[part] for name, part in self.slices().items()}
+        return SparseEntries(self.tensors, values, self.shapes)
+
+
+def _find(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for candidate in (path / "delta.safetensors", path / "checkpoints" / "latest.safetensors"):
+        if candidate.is_file():
+            return candidate
+    raise ZoError(
+        f"The run {str(path)!r} holds no delta.safetensors and no checkpoint; tune it first, or "
+        "name a delta file."
+    )
