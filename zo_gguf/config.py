@@ -1,0 +1,294 @@
+"""The options of every verb, one frozen dataclass each; the only place where a default stands.
+
+Flags, YAML keys (`--config`) and Python arguments derive from the fields: `learning_rate` is
+`--learning-rate` on the command line and `learning_rate:` in a file. The machinery is in
+`options.py` and `config_file.py`.
+"""
+# ruff: noqa: RUF009 - `option` returns a dataclass field, which is made once on purpose
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from zo_gguf.config_file import build as build
+from zo_gguf.config_file import load_config as load_config
+from zo_gguf.config_file import save_config as save_config
+from zo_gguf.errors import ZoError
+from zo_gguf.options import Config, option, parse_fields
+from zo_gguf.options import config_hash as config_hash
+from zo_gguf.options import to_dict as to_dict
+
+_THREADS = "CPU threads (default: the number of physical cores)"
+_DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
+_GPU = "layers kept on the GPU; -1 means all"
+_JSON = "print one JSON object on stdout"
+_OVERWRITE = "replace an output that is already there"
+MASK_SUFFIX = ".mask.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """Options of `export`: a Hugging Face model becomes quantized GGUFs, each with its mask."""
+
+    model: str = option("-m", help="Hugging Face model: a folder or a hub id", metavar="DIR|ID")
+    gguf: str | None = option(
+        help="F16, BF16 or F32 GGUF of the same model; skips the conversion",
+        default=None,
+        metavar="FILE",
+    )
+    onto: str | None = option(
+        help="make only a mask, for this quantized GGUF of the same model",
+        default=None,
+        metavar="FILE",
+    )
+    calibration: str = option(
+        help="text that decides which weights are sensitive: a .jsonl or .txt file, or c4",
+        default="c4",
+        metavar="FILE|c4",
+    )
+    quant: list[str] = option(
+        help="llama.cpp quantization type; repeatable", default=["Q4_0"], metavar="TYPE"
+    )
+    density: float = option(
+        help="trainable share of each linear weight", default=0.001, above=0, below=1
+    )
+    output: str = option("-o", help="folder for the GGUFs and masks", metavar="DIR")
+    score: Literal["sensitive", "fisher", "random", "magnitude"] = option(
+        help="how weights are ranked: squared accumulated gradient, mean squared gradient per "
+        "batch, or the controls random and magnitude",
+        default="sensitive",
+    )
+    include: str | None = option(
+        help="mask only GGUF tensors whose name matches", default=None, metavar="REGEX"
+    )
+    exclude: str | None = option(
+        help="leave out GGUF tensors whose name matches", default=None, metavar="REGEX"
+    )
+    layers: str | None = option(
+        help="mask only these layers, such as 4-11 or 0,2,8-11", default=None, metavar="RANGES"
+    )
+    max_rank: int | Literal["auto", "none"] = option(
+        help="limit the mask of a matrix to this many rows or columns, for an exact LoRA of that "
+        "rank; auto takes the smallest that keeps 99% of the score",
+        default="auto",
+        low=1,
+    )
+    positions: str | None = option(
+        help="reuse the positions of another quant's mask, computing only the residuals",
+        default=None,
+        metavar="MASK",
+    )
+    chunk_layers: int | None = option(
+        help="layers whose scores are in memory at once (default: from free memory)",
+        default=None,
+        low=1,
+    )
+    calibration_docs: int = option(help="calibration documents read", default=128, low=1)
+    block_size: int = option(help="tokens per calibration block", default=256, low=8)
+    pre: str | None = option(
+        help="pre-tokenizer name, for BPE tokenizers the converter does not know",
+        default=None,
+        metavar="NAME",
+    )
+    seed: int = option(help="seed of the random choices", default=0, low=0, below=2**63)
+    name: str | None = option(
+        help="name of the files written (default: the model's)", default=None, metavar="NAME"
+    )
+    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
+    overwrite: bool = option(help=_OVERWRITE, default=False)
+
+    def check(self) -> None:
+        """Checks the regular expressions, the layer ranges and the quantization list."""
+        for key in ("include", "exclude"):
+            try:
+                re.compile(getattr(self, key) or "")
+            except re.error as error:
+                raise ZoError(
+                    f"{key} {getattr(self, key)!r} is no regular expression: {error}."
+                ) from error
+        if self.layers is not None and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
+            raise ZoError(f"layers must look like 4-11 or 0,2,8-11, not {self.layers!r}.")
+        if not self.quant:
+            raise ZoError("quant must name at least one type, such as Q4_0.")
+        if self.name is not None and (not self.name or re.search(r'[/\\:*?"<>|\0]', self.name)):
+            raise ZoError(f"name must be usable as a file name, not {self.name!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(Config):
+    """Options of every verb that reads rows for a model."""
+
+    model: str = option("-m", help="the quantized GGUF model", metavar="GGUF")
+    data: str = option(help=_DATA, metavar="FILE|DIR")
+    ctx_tokens: int = option(
+        "-c",
+        "--ctx-size",
+        help="tokens per forward call, over all rows and branches in it",
+        default=2048,
+        low=2,
+    )
+    train_on: Literal["last-assistant", "all-assistant"] = option(
+        help="turns of `messages` rows that count in the loss", default="last-assistant"
+    )
+    field: list[str] = option(
+        help="read KEY from column NAME, such as prompt=question; repeatable",
+        default=[],
+        metavar="KEY=NAME",
+    )
+    max_seq_length: int | None = option(
+        help="longest row in tokens; longer prompts lose their beginning "
+        "(default: what the context holds)",
+        default=None,
+        low=2,
+    )
+
+    def check(self) -> None:
+        """Checks the column names."""
+        parse_fields(self.field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(RowsConfig):
+    """Options of `tune` and `plan`: zeroth-order fine-tuning of a quantized GGUF."""
+
+    mask: str = option(
+        help="trainable weights, as written by export "
+        f"(default: MODEL with {MASK_SUFFIX} for .gguf)",
+        default="",
+        metavar="MASK",
+    )
+    output: str = option("-o", help="run folder to write", metavar="RUN")
+    method: str = option(help="what is trained", default="sensitive", metavar="NAME")
+    optimizer: str = option(
+        help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
+    )
+    iters: int = option(help="steps", default=2000, low=1)
+    examples_per_step: int = option(help="rows per step", default=16, low=1)
+    learning_rate: float | None = option(
+        help="step size (default: derived; see the first lines of the run)", default=None, above=0
+    )
+    eps: float | Literal["auto"] = option(
+        help="perturbation size; auto chooses it from the measured noise floor",
+        default="auto",
+        above=0,
+    )
+    directions: int = option(help="random directions per step, two forwards each", default=1, low=1)
+    schedule: Literal["linear", "constant", "cosine"] = option(
+        help="course of the learning rate", default="linear"
+    )
+    seed: int = option(
+        help="seed of the directions and of the row order", default=0, low=0, below=2**63
+    )
+    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
+    n_gpu_layers: int = option("-ngl", help=_GPU, default=0, low=-1)
+    valid_every: int = option(
+        help="steps between validations; 0 validates only at the start and the end",
+        default=200,
+        low=0,
+    )
+    valid_rows: int = option(help="validation rows used; 0 means all", default=500, low=0)
+    patience: int = option(
+        help="stop after this many validations without a better loss; 0 never stops",
+        default=0,
+        low=0,
+    )
+    save_every: int = option(help="steps between checkpoints", default=100, low=1)
+    val_split: float = option(
+        help="share of a single data file kept for validation", default=0.05, low=0, below=1
+    )
+    overwrite: bool = option(help=_OVERWRITE, default=False)
+
+    def check(self) -> None:
+        """Checks the column names and fills in the default mask."""
+        super().check()
+        if not self.mask:
+            object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(RowsConfig):
+    """Options of `eval`: loss, perplexity and accuracy of a GGUF, with or without a delta."""
+
+    delta: str | None = option(
+        help="run folder or delta file whose weights are added", default=None, metavar="RUN|FILE"
+    )
+    split: Literal["train", "valid", "test"] = option(
+        help="file of a data folder that is read", default="test"
+    )
+    rows: int = option(help="rows used, from the first; 0 means all", default=0, low=0)
+    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
+    n_gpu_layers: int = option("-ngl", help=_GPU, default=0, low=-1)
+    json: bool = option(help=_JSON, default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Config):
+    """Options of `merge`: a delta becomes a GGUF that stock apps load."""
+
+    run: str = option(help="run folder or delta file", positional=True, metavar="RUN")
+    output: str = option("-o", help="the merged GGUF to write", metavar="OUT.gguf")
+    type: Literal["auto", "keep", "q8_0", "f16"] = option(
+        help="type of the tuned tensors; auto takes the smallest that keeps 98% of the gain",
+        default="auto",
+    )
+    max_growth: float = option(help="largest allowed growth of the file", default=1.25, low=1)
+    model: str | None = option(
+        "-m", help="the base GGUF (default: the one the run recorded)", default=None, metavar="GGUF"
+    )
+    data: str | None = option(
+        help="rows for measuring what survived (default: the run's validation rows)",
+        default=None,
+        metavar="FILE|DIR",
+    )
+    lora: bool = option(
+        help="write a LoRA GGUF to OUT.gguf instead of a merged model (in place of -o)",
+        default=False,
+        metavar="OUT.gguf",
+    )
+    rank: int | None = option(
+        help="LoRA rank; below the exact rank it approximates", default=None, low=1
+    )
+    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
+    overwrite: bool = option(help=_OVERWRITE, default=False)
+    json: bool = option(help=_JSON, default=False)
+
+    def check(self) -> None:
+        """Rejects options that would have no effect."""
+        if self.rank is not None and not self.lora:
+            raise ZoError(f"rank {self.rank} only applies to a LoRA; give --lora OUT.gguf too.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckConfig(RowsConfig):
+    """Options of `data check`: validate rows and show what counts in the loss."""
+
+    data: str = option(help=_DATA, positional=True, metavar="DATA")
+    row: int = option(help="row to print, counted from 1", default=1, low=1)
+    json: bool = option(help=_JSON, default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig(Config):
+    """Options of `replay`: rebuild a delta from a run's trajectory alone."""
+
+    run: str = option(help="run folder", positional=True, metavar="RUN")
+    output: str | None = option(
+        "-o", help="where to write the delta (default: only compare)", default=None, metavar="FILE"
+    )
+    step: int | None = option(help="stop after this step (default: the last)", default=None, low=0)
+    overwrite: bool = option(help=_OVERWRITE, default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(Config):
+    """Options of `info`: what a GGUF, mask, delta, trajectory or run folder holds."""
+
+    path: str = option(help="file or run folder", positional=True, metavar="FILE|RUN")
+    json: bool = option(help=_JSON, default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig(Config):
+    """Options of `env`: versions, backends, and whether a GPU will be used."""
+
+    json: bool = option(help=_JSON, default=False)
