@@ -1,0 +1,247 @@
+"""Examples -> sequences -> decodes: what has to go through the model to get the losses.
+
+Pure bookkeeping on token ids. A choice row becomes as few sequences as its choices allow: choices
+that share their input, such as one-token choices, are scored from one forward pass of the prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.dataset import Example
+from zo_gguf.errors import ZoError
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Tokens that see only each other, and the predictions wanted from them.
+
+    Attributes:
+        tokens: int32 (n,), cut after the last position that predicts anything.
+        positions: int32 (n_targets,) ascending; position p predicts the token after it.
+        targets: int32 (n_targets,) the token ids predicted.
+        slots: int64 (n_targets,) where each result goes in the flat list of all targets.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    slots: NDArray[np.int64]
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of distinct positions whose logits are needed."""
+        return int(np.unique(self.positions).size)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything needed to turn target likelihoods back into one loss per example.
+
+    Attributes:
+        sequences: What to run.
+        n_targets: Length of the flat list of target likelihoods.
+        spans: For each example, the (first, end) target slots of its completion, or of each of
+            its choices.
+        answers: For each example the index of the right choice, -1 where it has no choices.
+    """
+
+    sequences: list[TokenSequence]
+    n_targets: int
+    spans: list[list[tuple[int, int]]]
+    answers: list[int]
+
+
+def build_request(examples: Sequence[Example]) -> Request:
+    """Plan the forward passes of some examples.
+
+    Raises:
+        ZoError: An example has no counted token.
+    """
+    sequences: list[TokenSequence] = []
+    all_spans: list[list[tuple[int, int]]] = []
+    answers: list[int] = []
+    n_targets = 0
+    for example in examples:
+        if example.choices:
+            wanted = [
+                (example.tokens[: example.n_prompt] + list(choice), example.n_prompt)
+                for choice in example.choices
+            ]
+            completions = [(t, list(range(first, len(t)))) for t, first in wanted]
+        else:
+            counted = [i for i, counts in enumerate(example.target_mask) if counts]
+            completions = [(example.tokens, counted)]
+        if any(not counted or counted[0] == 0 for _, counted in completions):
+            raise ZoError(f"{example.source or 'An example'} has no token that counts in the loss.")
+        spans = []
+        for _, counted in completions:
+            spans.append((n_targets, n_targets + len(counted)))
+            n_targets += len(counted)
+        sequences.extend(_share_prefixes(completions, spans))
+        all_spans.append(spans)
+        answers.append(example.answer if example.choices else -1)
+    return Request(sequences, n_targets, all_spans, answers)
+
+
+def _share_prefixes(
+    completions: list[tuple[list[int], list[int]]], spans: list[tuple[int, int]]
+) -> list[TokenSequence]:
+    """Sequences for one example; an input that begins another one needs none of its own."""
+    groups: list[tuple[list[int], list[tuple[int, int, int]]]] = []
+    inputs = [(tokens[: counted[-1]], k) for k, (tokens, counted) in enumerate(completions)]
+    for tokens, k in sorted(inputs, key=lambda item: -len(item[0])):
+        full, counted = completions[k]
+        targets = [(i - 1, full[i], spans[k][0] + n) for n, i in enumerate(counted)]
+        for longer, found in groups:
+            if longer[: len(tokens)] == tokens:
+                found.extend(targets)
+                break
+        else:
+            groups.append((tokens, targets))
+    sequences = []
+    for tokens, found in groups:
+        found.sort()
+        positions, targets_, slots = zip(*found, strict=True)
+        sequences.append(
+            TokenSequence(
+                np.array(tokens, np.int32),
+                np.array(positions, np.int32),
+                np.array(targets_, np.int32),
+                np.array(slots, np.int64),
+            )
+        )
+    return sequences
+
+
+def pack(
+    sequences: Sequence[TokenSequence], max_tokens: int, max_sequences: int
+) -> Iterator[list[TokenSequence]]:
+    """Cut sequences into decodes of at most `max_tokens` tokens, in order.
+
+    Raises:
+        ZoError: A single sequence is longer than a decode.
+    """
+    group: list[TokenSequence] = []
+    n_tokens = 0
+    for sequence in sequences:
+        length = sequence.tokens.size
+        if length > max_tokens:
+            raise ZoError(
+                f"An example needs {length} tokens but a decode holds {max_tokens}; raise "
+                "--ctx-tokens or lower --max-seq-length."
+            )
+        if group and (n_tokens + length > max_tokens or len(group) == max_sequences):
+            yield group
+            group, n_tokens = [], 0
+        group.append(sequence)
+        n_tokens += length
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One llama_decode: token columns and what is asked of them.
+
+    Attributes:
+        tokens, positions, sequence_ids, is_output: (n_tokens,) each.
+        token_branch: int32 (n_tokens,) branch of each token.
+        output_branch: int32 (n_outputs,) branch of each output column.
+        target_output, target_token: int32 (n_targets,) sorted by output column.
+        slots: int64 (n_targets,) slot of each target within its branch.
+        target_branch: int32 (n_targets,).
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequence_ids: NDArray[np.int32]
+    is_output: NDArray[np.bool_]
+    token_branch: NDArray[np.int32]
+    output_branch: NDArray[np.int32]
+    target_output: NDArray[np.int32]
+    target_token: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    target_branch: NDArray[np.int32]
+    n_sequences: int
+    max_length: int
+
+
+def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> DecodeBatch:
+    """Lay sequences out as the columns of one decode, all of branch 0 first, then branch 1, ...
+
+    Args:
+        group: Sequences of one branch.
+        n_branches: How often they are repeated, one branch each.
+        padded: Fill every sequence up to the longest one on the right, as the split KV layout
+            needs (the engine would otherwise cut the decode); causal attention hides the filling.
+    """
+    lengths = [sequence.tokens.size for sequence in group]
+    longest = max(lengths)
+    widths = [longest] * len(group) if padded else lengths
+    starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
+    n = int(sum(widths))  # columns of one branch
+    tokens = np.zeros(n, np.int32)
+    positions = np.zeros(n, np.int32)
+    ids = np.zeros(n, np.int32)
+    is_output = np.zeros(n, np.bool_)
+    column = []  # of each target
+    for i, (sequence, start, width) in enumerate(zip(group, starts, widths, strict=True)):
+        end = int(start) + width
+        tokens[start:end] = sequence.tokens[0]
+        tokens[start : start + lengths[i]] = sequence.tokens
+        positions[start:end] = np.arange(width)
+        ids[start:end] = i
+        is_output[start + sequence.positions] = True
+        column.append(start + sequence.positions)
+    output_of_column = np.cumsum(is_output) - 1
+    n_outputs = int(is_output.sum())
+    target_output = output_of_column[np.concatenate(column)]
+    targets = np.concatenate([sequence.targets for sequence in group])
+    slots = np.concatenate([sequence.slots for sequence in group])
+    branch = np.arange(n_branches, dtype=np.int32)
+    return DecodeBatch(
+        tokens=np.tile(tokens, n_branches),
+        positions=np.tile(positions, n_branches),
+        sequence_ids=(ids + len(group) * branch[:, None]).ravel().astype(np.int32),
+        is_output=np.tile(is_output, n_branches),
+        token_branch=np.repeat(branch, n),
+        output_branch=np.repeat(branch, n_outputs),
+        target_output=(target_output + n_outputs * branch[:, None]).ravel().astype(np.int32),
+        target_token=np.tile(targets, n_branches),
+        slots=np.tile(slots, n_branches),
+        target_branch=np.repeat(branch, targets.size),
+        n_sequences=len(group) * n_branches,
+        max_length=longest,
+    )
+
+
+def reduce_losses(
+    request: Request, nll: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Turn target likelihoods into losses.
+
+    Args:
+        request: As built from the examples.
+        nll: (n_branches, n_targets) negative log-likelihoods.
+
+    Returns:
+        losses (n_branches, n_examples): mean negative log-likelihood of the counted tokens, or,
+        for rows with choices, cross-entropy over the choices' mean log-likelihoods (MeZO,
+        arXiv 2305.17333); and correct, same shape: 1 or 0, NaN for rows without choices.
+    """
+    # A running sum would carry rounding from one example to the next; the spans are short.
+    losses = np.empty((nll.shape[0], len(request.spans)))
+    correct = np.full_like(losses, np.nan)
+    for i, (spans, answer) in enumerate(zip(request.spans, request.answers, strict=True)):
+        means = np.stack([nll[:, first:end].mean(axis=1) for first, end in spans], axis=1)
+        if answer < 0:
+            losses[:, i] = means[:, 0]
+            continue
+        scores = -means  # (n_branches, n_choices)
+        top = scores.max(axis=1)
+        losses[:, i] = top + np.log(np.exp(scores - top[:, None]).sum(axis=1)) - scores[:, answer]
+        correct[:, i] = scores.argmax(axis=1) == answer
+    return losses, correct

@@ -1,0 +1,277 @@
+"""The model inside llama.cpp with libzo's hook: losses of examples at perturbed parameters.
+
+Knows token ids and probes; knows nothing of data files, methods or optimizers.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.batch import DecodeBatch, build_request, lay_out, pack, reduce_losses
+from zo_gguf.dataset import Example
+from zo_gguf.delta import Delta
+from zo_gguf.entries import make_store, open_entries
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.llama import (
+    Vocabulary,
+    default_threads,
+    engine_batch,
+    load_model,
+    native_library,
+    quiet_engine,
+)
+from zo_gguf.mask import Mask
+from zo_gguf.native import Hook, Store
+
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One evaluation of the loss, at theta + scale * z(seed); scale 0 is theta itself."""
+
+    seed: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a forward pass over examples gives.
+
+    Attributes:
+        losses: float64 (n_probes, n_examples).
+        correct: float64 (n_probes, n_examples), 1 or 0; NaN where an example has no choices.
+        n_tokens: Tokens that went through the model, over all probes.
+    """
+
+    losses: NDArray[np.float64]
+    correct: NDArray[np.float64]
+    n_tokens: int
+
+
+AT_THETA = (Probe(0, 0.0),)
+
+
+class Engine(Vocabulary):
+    """A GGUF loaded for forward passes, with trainable entries where a mask puts them.
+
+    Args:
+        model_path: The GGUF file.
+        mask: A `Mask` (theta starts at its residuals), a `Delta` (theta starts at what was
+            learned), a path of either, or None for the plain model.
+        n_threads: CPU threads; default: the physical cores this process may use.
+        ctx_tokens: Tokens per decode, and so the longest example.
+        n_gpu_layers: As in llama.cpp.
+        probes_per_decode: How many probes share one decode (base weights are read once for all).
+        kv_layout: "unified" (variable lengths side by side in one KV cache) or "split" (every
+            sequence in a cache of its own, padded to equal length).
+        force_staged: Take the path for device buffers even where tensors are in host memory.
+
+    Raises:
+        ZoError: The file cannot be loaded, or the mask was made for another one.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        mask: Mask | Delta | str | os.PathLike[str] | None = None,
+        n_threads: int | None = None,
+        ctx_tokens: int = 2048,
+        n_gpu_layers: int = 0,
+        probes_per_decode: int = 1,
+        kv_layout: str = "unified",
+        force_staged: bool = False,
+    ) -> None:
+        if kv_layout not in ("unified", "split"):
+            raise ZoError(f"kv_layout is {kv_layout!r}; use 'unified' or 'split'.")
+        self._store: Store | None = None
+        self._hook: Hook | None = None
+        self._context: Any = None
+        self._model: Any = None
+        self._limits = (0, 0, 0)  # KV cells, sequences, outputs of the context
+        self.gguf = GgufFile(model_path)
+        self.mask = open_entries(mask, self.gguf)
+        self.n_threads = n_threads or default_threads()
+        self.ctx_tokens = ctx_tokens
+        self.probes_per_decode = probes_per_decode
+        self._padded = kv_layout == "split"
+        self._library = native_library()
+        super().__init__(load_model(self.gguf.path, n_gpu_layers))
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        if self.mask is not None:
+            self._store = make_store(self._library, self.mask, self.n_threads)
+        self._hook = Hook(self._library, self._store, self.n_threads, force_staged)
+
+    # ---- trainable parameters --------------------------------------------------------------------
+
+    @property
+    def nnz(self) -> int:
+        """Number of trainable parameters."""
+        return self._store.size if self._store else 0
+
+    def theta(self) -> NDArray[np.float32]:
+        """A copy of theta, (nnz,): tensors in file order, indices ascending."""
+        return self._parameters().read()
+
+    def set_theta(self, theta: NDArray[np.float32]) -> None:
+        """Replace theta, (nnz,).
+
+        Raises:
+            ZoError: Wrong length, or values that are not finite.
+        """
+        store = self._parameters()
+        if theta.shape != (store.size,):
+            raise ZoError(f"theta has shape {theta.shape}, but {store.size} entries are trainable.")
+        if not np.isfinite(theta).all():
+            raise ZoError("theta has NaN or infinite values; lower --learning-rate or --eps.")
+        store.write(theta)
+
+    def noise(self, seed: int) -> NDArray[np.float32]:
+        """z(seed), (nnz,), standard normal; the same bits on every machine."""
+        return self._parameters().noise(seed)
+
+    def _parameters(self) -> Store:
+        if self._store is None:
+            raise ZoError("This engine has no trainable weights; open it with a mask.")
+        return self._store
+
+    # ---- losses ----------------------------------------------------------------------------------
+
+    def losses(
+        self, examples: Sequence[Example], probes: Sequence[Probe] = AT_THETA
+    ) -> NDArray[np.float64]:
+        """Loss of every example at every probe, float64 (n_probes, n_examples).
+
+        The loss is the mean negative log-likelihood of the example's counted tokens; for an
+        example with choices, the cross-entropy over the choices' mean log-likelihoods.
+
+        Raises:
+            ZoError: An example does not fit a decode, or the engine's graph is not supported.
+        """
+        return self.score(examples, probes).losses
+
+    def score(self, examples: Sequence[Example], probes: Sequence[Probe] = AT_THETA) -> Scores:
+        """Losses and correctness of every example at every probe; see `losses`."""
+        request = build_request(examples)
+        nll = np.full((len(probes), request.n_targets), np.nan)
+        n_tokens = 0
+        width = self.probes_per_decode
+        decodes = list(pack(request.sequences, self.ctx_tokens, _MAX_SEQUENCES // width))
+        for first in range(0, len(probes), width):
+            together = probes[first : first + width]
+            for group in decodes:
+                batch = lay_out(group, len(together), self._padded)
+                nll[first + batch.target_branch, batch.slots] = self._decode(batch, together)
+                n_tokens += batch.tokens.size
+        losses, correct = reduce_losses(request, nll)
+        return Scores(losses, correct, n_tokens)
+
+    def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:
+        assert self._hook is not None
+        self._make_room(batch)
+        self._hook.begin(
+            [(probe.seed, probe.scale) for probe in probes],
+            batch.token_branch,
+            batch.output_branch,
+            batch.target_output,
+            batch.target_token,
+        )
+        memory = llama_cpp.llama_get_memory(self._context)
+        if memory is None:
+            raise ZoError(f"Models of type {self.gguf.architecture!r} are not causal; use another.")
+        llama_cpp.llama_memory_clear(memory, False)
+        with engine_batch(batch) as native_batch:
+            status = llama_cpp.llama_decode(self._context, native_batch)
+        losses = self._hook.end(batch.target_token.size)  # its error explains more than the status
+        if status != 0:
+            raise ZoError(
+                f"llama_decode failed with status {status} on {batch.tokens.size} tokens; lower "
+                "--ctx-tokens."
+            )
+        return losses
+
+    def _make_room(self, batch: DecodeBatch) -> None:
+        """Have a context that holds the batch; sizes only grow, so this settles quickly."""
+        n_outputs = batch.output_branch.size
+        n_sequences = batch.n_sequences
+        if self._padded:
+            cells = -(-batch.max_length // _KV_PADDING) * _KV_PADDING * n_sequences
+        else:
+            cells = self.ctx_tokens * self.probes_per_decode
+        needed = (max(cells, batch.tokens.size), n_sequences, n_outputs)
+        # The split layout divides the cells by the number of sequences: it must be exact.
+        fits = all(have >= want for have, want in zip(self._limits, needed, strict=True))
+        if self._context and fits and not (self._padded and self._limits[:2] != needed[:2]):
+            return
+        if not self._padded:
+            grown = [
+                max(have, 1 << (want - 1).bit_length())
+                for have, want in zip(self._limits, needed, strict=True)
+            ]
+            needed = (needed[0], min(grown[1], _MAX_SEQUENCES), min(grown[2], needed[0]))
+        self._free_context()
+        self._context = self._new_context(*needed)
+        self._limits = needed
+
+    def _new_context(self, cells: int, n_sequences: int, n_outputs: int) -> Any:
+        assert self._hook is not None
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = cells
+        params.n_seq_max = n_sequences
+        params.n_outputs_max = max(n_outputs, n_sequences)
+        params.n_threads = params.n_threads_batch = self.n_threads
+        params.kv_unified = not self._padded
+        params.no_perf = True
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(self._hook.callback)
+        params.cb_eval_user_data = self._hook.handle
+        with quiet_engine() as messages:
+            context = llama_cpp.llama_init_from_model(self._model, params)
+        if not context:
+            raise ZoError(
+                f"llama.cpp could not make a context of {cells} tokens "
+                f"({'; '.join(messages[:1])}); lower --ctx-tokens."
+            )
+        return context
+
+    # ---- lifetime --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free the model, the context and the native objects."""
+        self._free_context()
+        if self._hook:
+            self._hook.free()
+        if self._store:
+            self._store.free()
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._hook = self._store = self._model = None
+
+    def _free_context(self) -> None:
+        if self._context:
+            with quiet_engine():
+                llama_cpp.llama_free(self._context)
+        self._context = None
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_context"):
+            self.close()

@@ -1,0 +1,144 @@
+"""Thin layer over llama_cpp's low-level calls: loading, logging, batches, the vocabulary.
+
+Everything here is what llama-cpp-python's `Llama` does for itself, without its defaults.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import psutil
+from llama_cpp._logger import llama_log_callback
+from numpy.typing import NDArray
+
+from zo_gguf.batch import DecodeBatch
+from zo_gguf.errors import ZoError
+from zo_gguf.native import Library
+
+_WARNING = 2  # ggml_log_level
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use; hyper-threads do not help matrix products."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        usable = os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def native_library() -> Library:
+    """libzo, bound to the ggml that llama_cpp has loaded."""
+    return Library(llama_cpp.__version__)
+
+
+@contextmanager
+def quiet_engine() -> Iterator[list[str]]:
+    """Keep llama.cpp's log off the terminal; yields its warnings and errors."""
+    messages: list[str] = []
+
+    def collect(level: int, text: bytes, _: Any) -> None:
+        if level >= _WARNING and level != 4 and text.strip(b" .\n"):  # 4: debug
+            messages.append(text.decode(errors="replace").strip())
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield messages
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+def load_model(path: Path, n_gpu_layers: int = 0) -> Any:
+    """Load a GGUF's weights.
+
+    Raises:
+        ZoError: llama.cpp refuses the file; the sentence ends with its reason.
+    """
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = n_gpu_layers
+    with quiet_engine() as messages:
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        reason = messages[0] if messages else "no reason given"
+        raise ZoError(f"llama.cpp cannot load {str(path)!r}: {reason}")
+    return model
+
+
+@contextmanager
+def engine_batch(batch: DecodeBatch) -> Iterator[Any]:
+    """A llama_batch over the arrays of `batch`, valid inside the with block."""
+    n = batch.tokens.size
+    positions = np.ascontiguousarray(batch.positions)
+    ids = np.ascontiguousarray(batch.sequence_ids)
+    n_ids = np.ones(n, np.int32)
+    id_pointers = ids.ctypes.data + ids.itemsize * np.arange(n, dtype=np.uintp)
+    flags = batch.is_output.astype(np.int8)
+    native = llama_cpp.llama_batch()
+    native.n_tokens = n
+    arrays: dict[str, NDArray[Any]] = {
+        "token": batch.tokens,
+        "pos": positions,
+        "n_seq_id": n_ids,
+        "seq_id": id_pointers,
+        "logits": flags,
+    }
+    kinds: dict[str, Any] = {field[0]: field[1] for field in llama_cpp.llama_batch._fields_}
+    for name, array in arrays.items():
+        setattr(native, name, ctypes.cast(array.ctypes.data, kinds[name]))
+    yield native
+
+
+class Vocabulary:
+    """The GGUF's own tokenizer.
+
+    Attributes:
+        bos_id, eos_id, eot_id: Token ids, -1 where the model has none.
+        add_bos: Whether the model expects a sequence to begin with BOS.
+        chat_template: Jinja source from the GGUF, None where it has none.
+        n_vocab: Number of tokens.
+        supports_gpu: Whether this build of llama.cpp can offload to any device.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.bos_id = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eos_id = int(llama_cpp.llama_vocab_eos(self._vocab))
+        self.eot_id = int(llama_cpp.llama_vocab_eot(self._vocab))
+        self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab)) and self.bos_id >= 0
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.supports_gpu = bool(llama_cpp.llama_supports_gpu_offload())
+        template = llama_cpp.llama_model_chat_template(model, None)
+        self.chat_template = template.decode() if template else None
+
+    def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`, without BOS or EOS.
+
+        Args:
+            text: Any text.
+            parse_special: Read special tokens written out, as chat templates do, as tokens.
+        """
+        data = text.encode()
+        capacity = len(data) + 8  # a token is at least a byte; spaces may be put in front
+        for _ in range(2):
+            buffer = (llama_cpp.llama_token * capacity)()
+            n = llama_cpp.llama_tokenize(
+                self._vocab, data, len(data), buffer, capacity, False, parse_special
+            )
+            if n >= 0:
+                return list(buffer[:n])
+            capacity = -n
+        raise ZoError(f"The tokenizer of the model failed on {text[:40]!r}.")
+
+    def token_text(self, token: int) -> str:
+        """A token as text, special tokens written out."""
+        buffer = ctypes.create_string_buffer(512)
+        n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[: max(n, 0)].decode(errors="replace")
