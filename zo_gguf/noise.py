@@ -1,0 +1,150 @@
+"""The loss's noise floor, and the eps that stands clear of it.
+
+llama.cpp rounds activations to 8 bits, so the loss is a staircase: perturbations far too small to
+matter still change it. A finite difference at eps has an error of (floor / 2 eps) from this noise
+and one of (curvature * eps^2) from the Taylor remainder. Both are measured here on the model, the
+quantization and the data at hand, and eps is put where their sum is smallest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from zo_gguf.dataset import Example
+from zo_gguf.engine import Engine, Probe
+from zo_gguf.errors import ZoError
+
+_TINY = 1e-6  # far below any weight: what it changes is rounding
+_FLOOR_SEEDS = 12
+_SLOPE_SEEDS = 8
+_FIRST, _LAST = 4e-3, 0.512
+MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 8 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
+_NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
+_CLEAR = 0.2  # relative noise of the slopes below which such a change can be trusted
+
+
+@dataclass(frozen=True)
+class NoiseReport:
+    """What was measured.
+
+    Attributes:
+        eps: The chosen perturbation size, in units of a weight.
+        floor: Root mean square of L(+) - L(-) for perturbations that should change nothing.
+        slope: Root mean square of the projected gradient.
+        error: Expected relative error of a projected gradient at eps.
+        difference: Expected |L(+) - L(-)| at eps (root mean square).
+    """
+
+    eps: float
+    floor: float
+    slope: float
+    error: float
+
+    @property
+    def difference(self) -> float:
+        """Expected root mean square of L(+) - L(-) at eps."""
+        return 2 * self.eps * self.slope
+
+    def render(self) -> str:
+        """One sentence for people."""
+        return (
+            f"noise floor of L+ - L-: {self.floor:.1e}; eps {self.eps:.2g} gives "
+            f"{self.difference:.1e}, {self.difference / max(self.floor, 1e-300):.0f} times as much "
+            f"(expected error of a projected gradient: {100 * self.error:.1f} %)"
+        )
+
+
+def choose_eps(engine: Engine, examples: Sequence[Example]) -> float:
+    """The eps at which central differences of the mean loss of `examples` are most accurate.
+
+    Raises:
+        ZoError: The loss does not react to perturbations at all, or is not finite.
+    """
+    return measure_noise(engine, examples).eps
+
+
+def measure_noise(
+    engine: Engine, examples: Sequence[Example], eps: float | None = None
+) -> NoiseReport:
+    """Measure the noise floor and slopes at growing eps, and choose eps.
+
+    Args:
+        engine: The model, with trainable parameters.
+        examples: As many rows as a step uses: the floor falls with their number.
+        eps: A given eps, whose slope is measured instead of choosing one.
+
+    Raises:
+        ZoError: The loss does not react to perturbations at all, or is not finite.
+    """
+    floor = _rms(_differences(engine, examples, _TINY, range(1000, 1000 + _FLOOR_SEEDS)))
+    if eps is not None:
+        slope = _rms(_differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps))
+        return NoiseReport(eps, floor, slope, floor / (2 * eps) / max(slope, 1e-300))
+    ladder: list[float] = []
+    rows: list[NDArray[np.float64]] = []  # projected gradients, (n_seeds,) per rung
+    eps = _FIRST
+    with tqdm(desc="choosing eps", unit="eps", disable=None, leave=False) as bar:
+        while eps <= _LAST:
+            slopes = _differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps)
+            ladder.append(eps)
+            rows.append(slopes)
+            bar.update(1)
+            if len(rows) > 1 and _bends(rows, ladder, floor):
+                break
+            eps *= 2
+    return _choose(np.array(ladder), np.stack(rows), floor)
+
+
+def _differences(
+    engine: Engine, examples: Sequence[Example], eps: float, seeds: range
+) -> NDArray[np.float64]:
+    """L(theta + eps z) - L(theta - eps z) for every seed, (n_seeds,)."""
+    probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
+    losses = engine.losses(examples, probes).mean(axis=1).reshape(-1, 2)
+    if not np.isfinite(losses).all():
+        raise ZoError(
+            f"The loss is not finite at eps {eps:g}; check the model and the data with "
+            "`zo-gguf eval`, or give a smaller --eps."
+        )
+    return np.asarray(losses[:, 0] - losses[:, 1])
+
+
+def _bends(rows: list[NDArray[np.float64]], ladder: list[float], floor: float) -> bool:
+    """Whether the slopes moved from one rung to the next by more than noise explains."""
+    size = max(_rms(rows[-1]), 1e-300)
+    noise = floor / (2 * ladder[-2]) / size
+    moved = _rms(rows[-1] - rows[-2]) / size
+    return noise < _CLEAR and moved**2 > _NONLINEAR**2 + 2 * noise**2
+
+
+def _choose(ladder: NDArray[np.float64], slopes: NDArray[np.float64], floor: float) -> NoiseReport:
+    """Fit slope(eps) = g + k eps^2 for every seed and minimize the expected error over eps.
+
+    Args:
+        ladder: (n_rungs,) ascending eps.
+        slopes: (n_rungs, n_seeds).
+        floor: Noise of a loss difference; a slope's noise is floor / (2 eps), which sets weights.
+    """
+    design = np.stack([np.ones_like(ladder), ladder**2], axis=1) * ladder[:, None]
+    solution, *_ = np.linalg.lstsq(design, slopes * ladder[:, None], rcond=None)
+    g, k = _rms(solution[0]), _rms(solution[1])  # over seeds
+    if not g > 0:
+        raise ZoError(
+            "The loss does not change with the trainable weights; check that the data's counted "
+            "tokens are what you want to teach (`zo-gguf data check`)."
+        )
+    # Noise in the fit itself looks like curvature; it is known, so take it out.
+    covariance = np.linalg.inv(design.T @ design) * (floor / 2) ** 2
+    k = float(np.sqrt(max(k**2 - covariance[1, 1], 1e-6 * k**2)))
+    grid = np.geomspace(ladder[0], ladder[-1], 200)
+    error = np.sqrt((floor / (2 * grid)) ** 2 + (k * grid**2) ** 2) / g
+    best = int(error.argmin())
+    eps = float(f"{grid[best]:.2g}")
+    return NoiseReport(eps=eps, floor=floor, slope=g, error=float(error[best]))
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

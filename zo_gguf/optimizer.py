@@ -1,0 +1,112 @@
+"""Gradient estimate -> commit: sgd, momentum and adam on the sparse vector theta.
+
+Every operation is a single IEEE float32 operation per entry in a fixed order, so that replaying a
+trajectory gives the same bits on any machine. The state costs 0, 4 and 8 bytes per entry.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.trajectory import Direction
+
+Vector = NDArray[np.float32]
+_STEP_FRACTION = 0.3  # of eps; the best of several, see tools/LOG.md
+
+
+class Optimizer(Protocol):
+    """What the step loop needs; `state` holds everything that must survive a restart."""
+
+    state: dict[str, NDArray[np.floating]]
+
+    def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
+        """Change theta, (nnz,), in place."""
+
+
+def gradient_estimate(directions: Sequence[Direction], noise: Callable[[int], Vector]) -> Vector:
+    """Mean over directions of projected_grad * z(seed), float32 (nnz,)."""
+    scale = 1.0 / len(directions)
+    total = np.float32(directions[0].projected_grad * scale) * noise(directions[0].seed)
+    for direction in directions[1:]:
+        total += np.float32(direction.projected_grad * scale) * noise(direction.seed)
+    return total
+
+
+class Sgd:
+    """theta -= lr * g."""
+
+    def __init__(self, nnz: int) -> None:
+        self.state: dict[str, NDArray[np.floating]] = {}
+
+    def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
+        """Change theta, (nnz,), in place."""
+        theta -= np.float32(lr) * gradient
+
+
+class Momentum:
+    """m = 0.9 m + 0.1 g, theta -= lr * m (an average of past gradients, so that lr is sgd's)."""
+
+    beta = 0.9
+
+    def __init__(self, nnz: int) -> None:
+        self.state: dict[str, NDArray[np.floating]] = {"m": np.zeros(nnz, np.float32)}
+
+    def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
+        """Change theta, (nnz,), in place."""
+        m = self.state["m"]
+        m *= np.float32(self.beta)
+        m += np.float32(1 - self.beta) * gradient
+        theta -= np.float32(lr) * m
+
+
+class Adam:
+    """Adam (arXiv 1412.6980), beta 0.9 and 0.99, with bias correction and no weight decay."""
+
+    beta1 = 0.9
+    beta2 = 0.99
+    floor = 1e-8
+
+    def __init__(self, nnz: int) -> None:
+        self.state: dict[str, NDArray[np.floating]] = {
+            "m": np.zeros(nnz, np.float32),
+            "v": np.zeros(nnz, np.float32),
+            "decay": np.ones(2, np.float64),  # beta1^t and beta2^t
+        }
+
+    def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
+        """Change theta, (nnz,), in place."""
+        m, v, decay = self.state["m"], self.state["v"], self.state["decay"]
+        decay *= (self.beta1, self.beta2)
+        m *= np.float32(self.beta1)
+        m += np.float32(1 - self.beta1) * gradient
+        v *= np.float32(self.beta2)
+        v += np.float32(1 - self.beta2) * gradient * gradient
+        step = np.sqrt(v * np.float32(1 / (1 - decay[1])))
+        step += np.float32(self.floor)
+        np.divide(m, step, out=step)
+        step *= np.float32(lr / (1 - decay[0]))
+        theta -= step
+
+
+OPTIMIZERS: dict[str, Callable[[int], Optimizer]] = {
+    "adam": Adam,
+    "momentum": Momentum,
+    "sgd": Sgd,
+}
+
+
+def default_learning_rate(optimizer: str, eps: float, slope: float) -> float:
+    """A learning rate that moves a weight by a fixed fraction of eps per step.
+
+    eps is the distance over which the loss was found to be linear, and so the natural unit of a
+    step. Adam moves a weight by about lr whatever the loss; sgd by lr times the projected gradient.
+
+    Args:
+        optimizer: A key of OPTIMIZERS.
+        eps: Perturbation size.
+        slope: Root mean square of the projected gradient.
+    """
+    distance = _STEP_FRACTION * eps
+    return float(f"{distance if optimizer == 'adam' else distance / slope:.2g}")

@@ -1,0 +1,175 @@
+"""`zo-gguf plan` (= `tune --dry-run`): what a run will take, measured, without training."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import psutil
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.dataset import load_train_valid
+from zo_gguf.engine import Engine
+from zo_gguf.errors import DoesNotFitError
+from zo_gguf.estimator import direction_seeds, spsa
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.methods import find_method
+from zo_gguf.noise import MAX_FORWARDS
+from zo_gguf.run import first_state
+from zo_gguf.tune import draw
+
+_TIMED_STEPS = 3
+_TRIAL_EPS = 1e-2  # timing does not depend on it
+BYTES_PER_ENTRY = 16  # of a tuned weight: master, position, noise
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a run will take; sizes in bytes, times in seconds.
+
+    Attributes:
+        weights: The model's tensors.
+        engine: KV cache, compute buffers and logits (what the process grew by, less the rest).
+        trainable: Masters, positions and noise of the tuned weights.
+        optimizer: The optimizer's memory.
+        total: Sum of the parts.
+        available: Free RAM before the model was loaded.
+        on_gpu: In words, whether a GPU holds any of it.
+        seconds_per_step: Median of three timed steps.
+        seconds: The whole run, choosing eps and validating included.
+        disk: The run folder at the end.
+        tokens_per_step: Forward tokens.
+    """
+
+    weights: int
+    engine: int
+    trainable: int
+    optimizer: int
+    total: int
+    available: int
+    on_gpu: str
+    seconds_per_step: float
+    seconds: float
+    disk: int
+    tokens_per_step: int
+
+    def render(self, as_json: bool = False) -> str:
+        """A table, or JSON."""
+        if as_json:
+            return json.dumps(asdict(self))
+        rows = [("weights", self.weights), ("KV cache and compute", self.engine)]
+        rows += [("trainable weights", self.trainable), ("optimizer", self.optimizer)]
+        rows += [("RAM in all", self.total), ("RAM available", self.available)]
+        rows += [("disk for the run", self.disk)]
+        lines = [f"{name:<24}{size / _MIB:>12,.1f} MiB" for name, size in rows]
+        lines += [
+            f"{'GPU':<24}{self.on_gpu}",
+            f"{'forward tokens a step':<24}{self.tokens_per_step:>12,}",
+            f"{'seconds a step':<24}{self.seconds_per_step:>12.3g}",
+            f"{'the whole run':<24}{_duration(self.seconds):>12}",
+        ]
+        return "\n".join(lines)
+
+
+def plan(config: TuneConfig) -> PlanResult:
+    """Load the model, time three steps, and say what the run will take. Writes nothing.
+
+    Raises:
+        DoesNotFitError: The weights alone exceed the free memory, or the run's files the disk.
+        ZoError: As `tune`.
+    """
+    method = find_method(config.method)(config)
+    weights = sum(info.n_bytes for info in GgufFile(config.model).tensors.values())
+    available = int(psutil.virtual_memory().available)
+    if weights > available and config.n_gpu_layers == 0:
+        raise DoesNotFitError(
+            f"The weights take {weights / _MIB:,.0f} MiB, but {available / _MIB:,.0f} MiB of RAM "
+            "are free; take a smaller quantization or close other programs."
+        )
+    before = psutil.Process().memory_info().rss
+    with method.open_engine() as engine:
+        train, valid = load_train_valid(
+            config.data,
+            engine,
+            val_split=config.val_split,
+            max_tokens=config.max_seq_length,
+            train_on=config.train_on,
+            fields=config.field,
+        )
+        n_valid = len(valid[: config.valid_rows or None])
+        seconds, tokens = [], []
+        for step in range(-1, _TIMED_STEPS):  # the first one warms up
+            rows = draw(train, config, max(step, 0))
+            started = time.perf_counter()
+            _, scores = spsa(
+                engine, rows, direction_seeds(config.seed, step + 1, config.directions), _TRIAL_EPS
+            )
+            if step >= 0:
+                seconds.append(time.perf_counter() - started)
+                tokens.append(scores.n_tokens)
+        grown = psutil.Process().memory_info().rss - before
+        on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
+    per_step = float(np.median(seconds))
+    state = first_state(method, config.optimizer)
+    trainable = BYTES_PER_ENTRY * state.theta.size
+    optimizer = sum(array.nbytes for array in state.optimizer.state.values())
+    disk = _disk(config, state.theta.nbytes, optimizer)
+    _check_disk(config, disk)
+    working = max(0, grown - weights - trainable)
+    return PlanResult(
+        weights=weights,
+        engine=working,
+        trainable=trainable,
+        optimizer=optimizer,
+        total=weights + working + trainable + optimizer,
+        available=available,
+        on_gpu=on_gpu,
+        seconds_per_step=per_step,
+        seconds=_total_seconds(config, per_step, n_valid),
+        disk=disk,
+        tokens_per_step=int(np.median(tokens)),
+    )
+
+
+def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
+    """Steps, validations, and the forward passes that choose eps."""
+    forward = per_step / (2 * config.directions)
+    every = config.valid_every or config.iters
+    validations = 1 + -(-config.iters // every)
+    per_validation = forward * n_valid / config.examples_per_step
+    choosing = forward * MAX_FORWARDS if config.eps == "auto" else 0.0
+    return config.iters * per_step + validations * per_validation + choosing
+
+
+def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
+    """Three deltas with their positions, the state, the trajectory and the metrics."""
+    record = 20 + 32 * config.directions
+    return 3 * 2 * theta + theta + optimizer + config.iters * (record + 250)
+
+
+def _check_disk(config: TuneConfig, needed: int) -> None:
+    folder = os.path.abspath(config.output)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free = psutil.disk_usage(folder).free
+    if needed > free:
+        raise DoesNotFitError(
+            f"The run takes {needed / _MIB:,.0f} MiB of disk, but {free / _MIB:,.0f} MiB are free "
+            f"at {folder!r}; give another -o or raise --save-every."
+        )
+
+
+def _gpu_in_words(engine: Engine, n_gpu_layers: int) -> str:
+    if n_gpu_layers == 0:
+        return "not used (-ngl 0)"
+    if not engine.supports_gpu:
+        return "not used: this llama-cpp-python was built without a GPU backend"
+    return f"{n_gpu_layers} layers offloaded; their weights are not in RAM"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

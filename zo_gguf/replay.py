@@ -1,0 +1,73 @@
+"""`zo-gguf replay`: rebuild a run's delta from its trajectory, without any forward pass."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from zo_gguf.config import ReplayConfig
+from zo_gguf.delta import Delta
+from zo_gguf.errors import ZoError
+from zo_gguf.methods import find_method
+from zo_gguf.run import first_state, open_trajectory, require_run
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """A rebuilt delta and, where the run has one of that step, whether its bits are the same."""
+
+    delta: Delta
+    step: int
+    identical: bool | None
+    output: str | None
+
+    def render(self, as_json: bool = False) -> str:
+        """One or two sentences."""
+        comparison = {
+            None: "The run has no delta of this step to compare with.",
+            True: "Every bit equals the run's delta.safetensors.",
+            False: "It differs from the run's delta.safetensors.",
+        }[self.identical]
+        written = f" Written to {self.output}." if self.output else ""
+        return f"Replayed {self.step} steps, {self.delta.nnz} weights. {comparison}{written}"
+
+
+def replay(config: ReplayConfig) -> ReplayResult:
+    """Rebuild the delta of a run.
+
+    Args:
+        config: Without `step`, the step of the run's delta.safetensors, or the last one while
+            there is none.
+
+    Raises:
+        ZoError: The run's files are missing or damaged, or the step lies beyond the trajectory.
+    """
+    run = require_run(config.run)
+    if config.output and os.path.exists(config.output) and not config.overwrite:
+        raise ZoError(f"{config.output!r} exists; give another -o or --overwrite.")
+    method = find_method(run.config.method)(run.config)
+    trajectory = open_trajectory(run, method)
+    finished = run.path / "delta.safetensors"
+    known = Delta.load(finished) if finished.is_file() else None
+    step = config.step
+    if step is None:
+        step = known.header.provenance["step"] if known else trajectory.n_records
+    if step > trajectory.n_records:
+        raise ZoError(f"Step {step} was not reached; the trajectory has {trajectory.n_records}.")
+    state = first_state(method, run.config.optimizer)
+    with tqdm(total=step, desc="replay", unit="step", disable=None, leave=False) as bar:
+        for record in trajectory.records():
+            if record.step > step:
+                break
+            state.apply(record, method)
+            bar.update(1)
+    delta = method.to_delta(state.theta, {"step": step, "replayed": True})
+    identical = None
+    if known is not None and known.header.provenance["step"] == step:
+        identical = bool(np.array_equal(known.theta.view(np.uint32), state.theta.view(np.uint32)))
+        delta = method.to_delta(state.theta, known.header.provenance)
+    if config.output:
+        delta.save(Path(config.output))
+    return ReplayResult(delta, step, identical, config.output)

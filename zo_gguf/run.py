@@ -1,0 +1,269 @@
+"""The run directory: what a run leaves on disk, and how a killed run comes back to life.
+
+    RUN/config.yaml          every option, resolved
+    RUN/env.json             versions, and hashes of base, mask and data
+    RUN/trajectory.bin       the truth: one record per step, written before theta moves
+    RUN/metrics.jsonl        losses and accuracies for people and plots
+    RUN/checkpoints/         state.safetensors, latest.safetensors, best.safetensors
+    RUN/delta.safetensors, loss.png, summary.json    written at the end
+
+A checkpoint only saves time: state at step n and the records after n give the same bits as an
+uninterrupted run.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from zo_gguf.config import TuneConfig, load_config, save_config
+from zo_gguf.errors import ZoError
+from zo_gguf.files import atomic_write, require_file
+from zo_gguf.methods.base import Method
+from zo_gguf.optimizer import OPTIMIZERS, Optimizer, gradient_estimate
+from zo_gguf.options import nearest
+from zo_gguf.trajectory import Record, Trajectory
+
+_STEP_KEY = "step"
+
+
+@dataclass
+class State:
+    """What a step changes: the masters, the optimizer's memory and the step number."""
+
+    step: int
+    theta: NDArray[np.float32]  # (nnz,)
+    optimizer: Optimizer
+
+    def apply(self, record: Record, method: Method) -> None:
+        """Commit a step. The only place where theta changes, while tuning and replaying alike."""
+        assert record.step == self.step + 1
+        gradient = gradient_estimate(record.directions, method.noise)
+        self.optimizer.update(self.theta, gradient, record.lr)
+        self.step = record.step
+
+
+def first_state(method: Method, optimizer: str) -> State:
+    """The state before the first step.
+
+    Raises:
+        ZoError: There is no such optimizer.
+    """
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ZoError(
+            f"There is no optimizer {optimizer!r}{nearest(optimizer, OPTIMIZERS)} Known: {known}."
+        )
+    theta = method.theta0()
+    return State(0, theta, OPTIMIZERS[optimizer](theta.size))
+
+
+@dataclass
+class Run:
+    """An open run directory.
+
+    Attributes:
+        path: The folder.
+        config: Its options.
+        validations: step -> {"valid_loss", "valid_accuracy", ...}, from metrics.jsonl.
+    """
+
+    path: Path
+    config: TuneConfig
+    validations: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, config: TuneConfig) -> "Run":
+        """Make a new run directory.
+
+        Raises:
+            ZoError: The folder is not empty and --overwrite was not given.
+        """
+        path = Path(config.output)
+        if path.exists() and not path.is_dir():
+            raise ZoError(f"The run folder {str(path)!r} is a file; give another -o.")
+        if path.is_dir() and any(path.iterdir()):
+            if not config.overwrite:
+                raise ZoError(
+                    f"The run folder {str(path)!r} is not empty; go on with `zo-gguf tune --resume "
+                    f"{path}`, give another -o, or --overwrite."
+                )
+            for name in _OWN_FILES:
+                (path / name).unlink(missing_ok=True)
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run = cls(path, config)
+        run.save_config(config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Run":
+        """Open the directory of a run that was started before.
+
+        Raises:
+            ZoError: It is not a run directory, or its config is damaged.
+        """
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            raise ZoError(
+                f"{str(path)!r} is not a run folder (it has no config.yaml); check the path."
+            )
+        run = cls(path, load_config(TuneConfig, path / "config.yaml"))
+        (path / "checkpoints").mkdir(exist_ok=True)
+        return run
+
+    def save_config(self, config: TuneConfig) -> None:
+        """Write the options; called again when automatic ones have been resolved."""
+        self.config = config
+        save_config(config, self.path / "config.yaml")
+
+    @property
+    def trajectory_path(self) -> Path:
+        """RUN/trajectory.bin."""
+        return self.path / "trajectory.bin"
+
+    def checkpoint(self, name: str) -> Path:
+        """RUN/checkpoints/NAME.safetensors."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    # ---- metrics ---------------------------------------------------------------------------------
+
+    def log(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl; validations are kept in memory too."""
+        if "valid_loss" in values:
+            self.validations[values[_STEP_KEY]] = values
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def reload_metrics(self, last_step: int) -> None:
+        """Drop lines that are torn or of steps that the trajectory does not have."""
+        kept = [line for line in self.metrics() if line[_STEP_KEY] <= last_step]
+        self.validations = {line[_STEP_KEY]: line for line in kept if "valid_loss" in line}
+        with atomic_write(self.path / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The readable lines of metrics.jsonl."""
+        try:
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # torn by a kill
+            if isinstance(values, dict) and isinstance(values.get(_STEP_KEY), int):
+                yield values
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, the earliest of equals; None without any."""
+        if not self.validations:
+            return None
+        return min(self.validations, key=lambda step: (self.validations[step]["valid_loss"], step))
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def save_state(self, state: State) -> None:
+        """Write checkpoints/state.safetensors."""
+        arrays = {f"optimizer.{name}": value for name, value in state.optimizer.state.items()}
+        arrays["theta"] = state.theta
+        with atomic_write(self.checkpoint("state")) as file:
+            file.write(serialize(arrays, metadata={_STEP_KEY: str(state.step)}))
+
+    def load_state(self, method: Method, last_step: int) -> State:
+        """The newest saved state, or the first one where none was saved.
+
+        Raises:
+            ZoError: The checkpoint is damaged, of another mask, or ahead of the trajectory.
+        """
+        state = first_state(method, self.config.optimizer)
+        path = self.checkpoint("state")
+        if not path.is_file():
+            return state
+        wanted = {"theta": state.theta} | {
+            f"optimizer.{name}": value for name, value in state.optimizer.state.items()
+        }
+        fix = f"delete {str(path)!r}: it only saves time, the trajectory has everything"
+        try:
+            with safe_open(path, framework="numpy") as file:
+                step = int((file.metadata() or {})[_STEP_KEY])
+                loaded = {name: file.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ZoError(f"The checkpoint is damaged ({error}); {fix}.") from error
+        for name, value in wanted.items():
+            if loaded[name].shape != value.shape or loaded[name].dtype != value.dtype:
+                raise ZoError(f"The checkpoint does not belong to this mask ({name}); {fix}.")
+            value[...] = loaded[name]
+        if not 0 <= step <= last_step:
+            raise ZoError(
+                f"The checkpoint is at step {step}, but the trajectory ends at {last_step}; {fix}."
+            )
+        state.step = step
+        return state
+
+
+_OWN_FILES = (
+    "config.yaml",
+    "env.json",
+    "trajectory.bin",
+    "metrics.jsonl",
+    "delta.safetensors",
+    "loss.png",
+    "summary.json",
+    "checkpoints/state.safetensors",
+    "checkpoints/latest.safetensors",
+    "checkpoints/best.safetensors",
+)
+
+
+def open_trajectory(run: Run, method: Method) -> Trajectory:
+    """The run's trajectory, made if the run has not begun; checked against base and options.
+
+    Raises:
+        ZoError: It is damaged, or belongs to another base, mask or optimizer.
+    """
+    header = {
+        "directions": run.config.directions,
+        "optimizer": run.config.optimizer,
+        "method": run.config.method,
+        "seed": run.config.seed,
+        "base_sha256": method.base_sha256,
+        "nnz": int(method.theta0().size),
+        "theta0_sha256": digest(method.theta0()),
+    }
+    if not run.trajectory_path.exists():
+        return Trajectory.create(run.trajectory_path, header)
+    trajectory = Trajectory.load(run.trajectory_path)
+    for name, value in header.items():
+        if trajectory.header.get(name) != value:
+            raise ZoError(
+                f"The trajectory of {str(run.path)!r} was recorded with {name} "
+                f"{trajectory.header.get(name)}, but the run's files now have {value}; put the "
+                "original mask and config.yaml back."
+            )
+    return trajectory
+
+
+def digest(array: NDArray[np.float32]) -> str:
+    """SHA-256 of an array's bytes, as hex."""
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def require_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory that has a trajectory.
+
+    Raises:
+        ZoError: It has none.
+    """
+    run = Run.open(path)
+    require_file(run.trajectory_path, "trajectory")
+    return run

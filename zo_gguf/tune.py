@@ -1,0 +1,216 @@
+"""`zo-gguf tune`: zeroth-order fine-tuning. Read this file first.
+
+A step draws rows, measures the loss on both sides of theta along random directions, writes what it
+measured to the trajectory, and commits. The loop knows no method, estimator or optimizer.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.dataset import Example, load_train_valid
+from zo_gguf.delta import Delta
+from zo_gguf.engine import Engine
+from zo_gguf.errors import ZoError
+from zo_gguf.estimator import direction_seeds, is_finite, spsa
+from zo_gguf.evaluate import EvalResult, measure
+from zo_gguf.interrupt import Interrupt
+from zo_gguf.methods import find_method
+from zo_gguf.methods.base import Method
+from zo_gguf.noise import measure_noise
+from zo_gguf.optimizer import default_learning_rate
+from zo_gguf.progress import Progress
+from zo_gguf.report import TuneResult, finish
+from zo_gguf.run import Run, State, open_trajectory
+from zo_gguf.schedule import learning_rate
+from zo_gguf.trajectory import Record, Trajectory
+
+
+@dataclass
+class Session:
+    """Everything the loop needs, opened."""
+
+    run: Run
+    method: Method
+    engine: Engine
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    trajectory: Trajectory
+    state: State
+
+    @property
+    def config(self) -> TuneConfig:
+        """The run's options, resolved."""
+        return self.run.config
+
+
+def tune(config: TuneConfig) -> TuneResult:
+    """Fine-tune a quantized GGUF with forward passes only.
+
+    Raises:
+        ZoError: An option, file or row cannot be used, or the loss is not finite.
+        KeyboardInterrupt: After Ctrl-C, with everything saved.
+    """
+    find_method(config.method)  # a typo must not cost a folder
+    absolute = {
+        name: os.path.abspath(getattr(config, name)) for name in ("model", "mask", "data", "output")
+    }
+    return _tune(Run.create(dataclasses.replace(config, **absolute)))
+
+
+def resume(run: str | os.PathLike[str]) -> TuneResult:
+    """Go on with a run that was interrupted or killed; the result is bit for bit the same.
+
+    Raises:
+        ZoError: As `tune`; also when the run's files were altered.
+    """
+    return _tune(Run.open(run))
+
+
+def _tune(run: Run) -> TuneResult:
+    method = find_method(run.config.method)(run.config)
+    with method.open_engine() as engine:
+        session = _open(run, method, engine)
+        try:
+            with Interrupt() as interrupt:
+                _loop(session, interrupt)
+        finally:
+            session.trajectory.close()
+        return finish(run, method, session.state)
+
+
+def _open(run: Run, method: Method, engine: Engine) -> Session:
+    config = run.config
+    trajectory = open_trajectory(run, method)
+    train, valid = load_train_valid(
+        config.data,
+        engine,
+        val_split=config.val_split,
+        max_tokens=config.max_seq_length,
+        train_on=config.train_on,
+        fields=config.field,
+    )
+    run.reload_metrics(trajectory.n_records)
+    state = run.load_state(method, trajectory.n_records)
+    for record in trajectory.records():
+        if record.step > state.step:
+            state.apply(record, method)
+    session = Session(
+        run, method, engine, train, valid[: config.valid_rows or None], trajectory, state
+    )
+    engine.set_theta(state.theta)
+    _resolve(session)
+    return session
+
+
+def _resolve(session: Session) -> None:
+    """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
+    config, engine = session.config, session.engine
+    if config.eps == "auto" or config.learning_rate is None:
+        rows = draw(session.train, config, step=0)
+        report = measure_noise(engine, rows, None if config.eps == "auto" else float(config.eps))
+        print(report.render(), file=sys.stderr)
+        rate = config.learning_rate or default_learning_rate(
+            config.optimizer, report.eps, report.slope
+        )
+        config = dataclasses.replace(config, eps=report.eps, learning_rate=rate)
+    print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
+    session.run.save_config(dataclasses.replace(config, threads=engine.n_threads))
+
+
+def draw(examples: Sequence[Example], config: TuneConfig, step: int) -> list[Example]:
+    """The rows of a step: epochs of shuffled rows, a pure function of the seed and the step."""
+    n, first = len(examples), step * config.examples_per_step
+    rows = []
+    for position in range(first, first + config.examples_per_step):
+        order = _epoch_order(n, config.seed, position // n)
+        rows.append(examples[order[position % n]])
+    return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+
+
+def _loop(session: Session, interrupt: Interrupt) -> None:
+    """The step loop."""
+    config, state = session.config, session.state
+    engine, run = session.engine, session.run
+    eps = float(config.eps)
+    with Progress(config, state.step) as progress:
+        while True:
+            if _validation_due(session):
+                progress.validated(_validate(session))
+            if state.step >= config.iters or _out_of_patience(session):
+                break
+            if interrupt.requested:
+                _save(session)
+                interrupt.leave(run)
+            rows = draw(session.train, config, state.step)
+            seeds = direction_seeds(config.seed, state.step, config.directions)
+            directions, scores = spsa(engine, rows, seeds, eps)
+            if not is_finite(directions):
+                _save(session)
+                raise ZoError(
+                    f"The loss is not finite at step {state.step + 1}; start again with a lower "
+                    "--learning-rate or --eps. The best checkpoint is kept."
+                )
+            record = Record(state.step + 1, learning_rate(config, state.step), directions)
+            session.trajectory.append(record)
+            state.apply(record, session.method)
+            engine.set_theta(state.theta)
+            progress.stepped(record, scores, run)
+            if state.step % config.save_every == 0:
+                _save(session)
+    _save(session)
+
+
+def _validation_due(session: Session) -> bool:
+    step, config = session.state.step, session.config
+    if not session.valid or step in session.run.validations:
+        return False
+    regular = config.valid_every > 0 and step % config.valid_every == 0
+    return step == 0 or regular or step >= config.iters
+
+
+def _validate(session: Session) -> EvalResult:
+    """Measure the validation rows; keep the delta if it is the best so far."""
+    run, step = session.run, session.state.step
+    result = measure(session.engine, session.valid, label="valid")
+    best = run.best_step()
+    if best is None or result.loss < run.validations[best]["valid_loss"]:
+        # Before the line that makes it official: a kill in between only repeats the measurement.
+        _to_delta(session, result).save(run.checkpoint("best"))
+    run.log(step=step, valid_loss=result.loss, valid_accuracy=result.accuracy, n=result.n)
+    return result
+
+
+def _to_delta(session: Session, result: EvalResult | None = None) -> Delta:
+    provenance: dict[str, Any] = {"step": session.state.step, "seed": session.config.seed}
+    if result is not None:
+        provenance["valid_loss"] = result.loss
+    return session.method.to_delta(session.state.theta, provenance)
+
+
+def _out_of_patience(session: Session) -> bool:
+    """Whether the last `patience` validations all failed to improve on the best."""
+    patience, best = session.config.patience, session.run.best_step()
+    if patience == 0 or best is None:
+        return False
+    return sum(step > best for step in session.run.validations) >= patience
+
+
+def _save(session: Session) -> None:
+    """Checkpoint; the trajectory reaches the disk first, because the checkpoint builds on it."""
+    session.trajectory.sync()
+    session.run.save_state(session.state)
+    _to_delta(session).save(session.run.checkpoint("latest"))
