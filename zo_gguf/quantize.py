@@ -1,0 +1,117 @@
+"""Quantize a float GGUF with llama.cpp's own quantizer.
+
+Types go by their llama.cpp names (Q4_0, Q4_K_M, ...). Nothing is measured here, and no importance
+matrix is used.
+"""
+
+import ctypes
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import llama_cpp
+from tqdm import tqdm
+
+from zo_gguf.errors import ZoError
+from zo_gguf.files import require_file
+
+_LOG_LEVEL_ERROR = 4  # as in ggml.h
+_LOG_LEVEL_CONTINUE = 5
+
+
+@cache
+def quant_types() -> dict[str, int]:
+    """Quantization names that this llama.cpp knows, with its number for each."""
+    types: dict[str, int] = {}
+    for name in dir(llama_cpp):
+        for prefix in ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"):
+            if name.startswith(prefix):
+                types[name.removeprefix(prefix)] = getattr(llama_cpp, name)
+    return types
+
+
+def quant_name(name: str) -> str:
+    """The llama.cpp spelling of a quantization name, such as "Q4_K_M" for "q4_k_m".
+
+    Raises:
+        ZoError: There is no such quantization; the sentence names the nearest.
+    """
+    wanted = name.strip().upper().replace("-", "_")
+    if wanted in quant_types():
+        return wanted
+    near = difflib.get_close_matches(wanted, quant_types(), n=4, cutoff=0.4)
+    near = near or ["Q4_0", "Q8_0", "Q4_K_M", "F16"]
+    raise ZoError(f"There is no quantization {name!r}; the nearest are {', '.join(near)}.")
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    quant: str,
+    n_threads: int | None = None,
+) -> None:
+    """Write `target` as the quantized form of `source`; an existing `target` is replaced whole.
+
+    Args:
+        source: A float GGUF (F16, BF16 or F32).
+        target: File to write; it appears only when it is complete.
+        quant: Name of the quantization, such as "Q4_0".
+        n_threads: CPU threads; all cores when None.
+
+    Raises:
+        ZoError: Unknown quantization, unreadable source, or llama.cpp refuses the job.
+    """
+    quant = quant_name(quant)
+    source = require_file(source, "GGUF to quantize")
+    target = Path(target)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = quant_types()[quant]
+    params.nthread = n_threads or 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # llama.cpp opens its output by name, so atomic_write's file object is of no use here.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        temporary = Path(folder) / target.name
+        with _log_lines(quant) as lines:
+            status = llama_cpp.llama_model_quantize(
+                os.fsencode(source), os.fsencode(temporary), ctypes.byref(params)
+            )
+        if status != 0 or not temporary.is_file():
+            reason = lines[-1].rpartition(": ")[2].strip(" .!\n") if lines else "no reason given"
+            raise ZoError(f"llama.cpp cannot quantize {source.name!r} to {quant}: {reason}.")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+
+@contextmanager
+def _log_lines(quant: str) -> Iterator[list[str]]:
+    """Turn llama.cpp's log into a progress bar meanwhile and collect its error messages."""
+    lines: list[str] = []
+    level_now = 0
+    bar = tqdm(desc=f"quantize {quant}", unit="tensor", disable=None, leave=False)
+
+    def collect(level: int, text: bytes, _user_data: object) -> None:
+        nonlocal level_now
+        level_now = level_now if level == _LOG_LEVEL_CONTINUE else level
+        with suppress(Exception):  # an exception must not cross into C
+            if level_now == _LOG_LEVEL_ERROR:
+                lines.append(text.decode(errors="replace"))
+            elif found := re.match(rb"\[\s*(\d+)/\s*(\d+)\]", text):
+                bar.total = int(found[2])
+                bar.update(int(found[1]) - bar.n)
+
+    previous = llama_cpp.llama_log_callback()
+    user_data = ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(previous, user_data)
+        bar.close()

@@ -1,0 +1,171 @@
+"""Choose a matrix's trainable entries: the best k by score, on few rows and columns if wanted.
+
+Entries of high gradient cluster on few lines (rows or columns) of a matrix; keeping to R of them
+costs little score and makes every delta exactly a rank-R LoRA. Pure numpy; what the scores mean is
+not known here.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NEVER = np.iinfo(np.int32).max
+
+
+def top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Sorted positions of the k largest scores; among equal scores the lower position wins."""
+    if k >= scores.size:
+        return np.arange(scores.size, dtype=np.int64)
+    threshold = np.partition(scores, scores.size - k)[scores.size - k]
+    above = np.flatnonzero(scores > threshold)
+    ties = np.flatnonzero(scores == threshold)[: k - above.size]
+    return np.sort(np.concatenate([above, ties]))
+
+
+def greedy_lines(
+    indices: NDArray[np.int64], scores: NDArray[np.float32], shape: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Lines that hold all entries, each time the one with the largest score still uncovered.
+
+    Args:
+        indices: Flat indices (n,).
+        scores: Their scores (n,), not negative.
+        shape: (n_rows, n_cols).
+
+    Returns:
+        (axis, line) pairs, axis 0 for a row and 1 for a column; ties go to rows, then lower lines.
+    """
+    rows, cols = np.divmod(indices, shape[1])
+    coordinates = (rows, cols)
+    # Entries of score zero still need a line, so each counts for a little.
+    weights = scores.astype(np.float64) + np.finfo(np.float64).tiny  # (n,)
+    alive = np.ones(indices.size, dtype=bool)
+    sums = [np.bincount(c, weights, minlength=n) for c, n in zip(coordinates, shape, strict=True)]
+    members = [_members(c, n) for c, n in zip(coordinates, shape, strict=True)]
+    lines: list[tuple[int, int]] = []
+    while alive.any():
+        best = [int(np.argmax(total)) for total in sums]
+        axis = 0 if sums[0][best[0]] >= sums[1][best[1]] else 1
+        line = best[axis]
+        covered = np.array(members[axis][line], dtype=np.int64)
+        covered = covered[alive[covered]]
+        alive[covered] = False
+        sums[axis][line] = 0.0
+        other = 1 - axis
+        for crossing in np.unique(coordinates[other][covered]):
+            rest = np.array(members[other][crossing], dtype=np.int64)
+            # Summed afresh: subtracting would leave rounding residues that look like score.
+            sums[other][crossing] = weights[rest[alive[rest]]].sum()
+        lines.append((axis, line))
+    return lines
+
+
+def _members(keys: NDArray[np.int64], n: int) -> list[NDArray[np.int64]]:
+    """For each key 0..n-1 the positions at which it stands."""
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(keys, minlength=n))[:-1])
+
+
+class _Best:
+    """The k best entries offered so far, and for which ranks each was among them."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.total = 0.0
+        self.spans: dict[int, list[int]] = {}  # index -> [enter, leave]
+        self._heap: list[tuple[float, int]] = []  # (score, -index): the worst first
+
+    def offer(self, rank: int, indices: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        """Offer entries that were never offered before."""
+        if len(self._heap) == self.k:  # most are worse than all k; leave them out at once
+            promising = scores >= self._heap[0][0]
+            indices, scores = indices[promising], scores[promising]
+        for index, score in zip(indices.tolist(), scores.tolist(), strict=True):
+            if len(self._heap) < self.k:
+                heapq.heappush(self._heap, (score, -index))
+            elif (score, -index) > self._heap[0]:
+                worst, negated = heapq.heapreplace(self._heap, (score, -index))
+                self.total -= worst
+                if self.spans[-negated][0] == rank:
+                    del self.spans[-negated]
+                else:
+                    self.spans[-negated][1] = rank
+            else:
+                continue
+            self.total += score
+            self.spans[index] = [rank, _NEVER]
+
+
+@dataclass(frozen=True)
+class SelectionPath:
+    """The best k entries of a matrix on its first R greedy lines, for every R at once.
+
+    An entry that has fallen out of the best k of R lines never comes back for more lines, so each
+    entry is selected for one range of R.
+
+    Attributes:
+        indices: Flat indices (m,), sorted, of all entries selected for some R.
+        enter: First R that selects each, int32 (m,).
+        leave: First R after it that does not, int32 (m,).
+        kept: Score of the selection for R = 1, 2, ..., float64 (n_lines,).
+        free: Score of the unlimited selection, the k best entries of the whole matrix.
+    """
+
+    indices: NDArray[np.int64]
+    enter: NDArray[np.int32]
+    leave: NDArray[np.int32]
+    kept: NDArray[np.float64]
+    free: float
+
+    @classmethod
+    def build(
+        cls, scores: NDArray[np.float32], k: int, max_lines: int | None = None
+    ) -> "SelectionPath":
+        """Select on 1, 2, ... lines, up to all that the unlimited selection needs.
+
+        Args:
+            scores: (n_rows, n_cols), not negative.
+            k: Entries to select.
+            max_lines: Stop after this many lines.
+        """
+        flat = scores.reshape(-1)
+        free = top_k(flat, k)
+        n_rows, n_cols = scores.shape
+        lines = greedy_lines(free, flat[free], (n_rows, n_cols))[:max_lines]
+        seen = (np.zeros(n_rows, dtype=bool), np.zeros(n_cols, dtype=bool))
+        best = _Best(k)
+        kept: list[float] = []
+        for rank, (axis, line) in enumerate(lines, start=1):
+            crossing = np.flatnonzero(~seen[1 - axis])  # the rest lies on an earlier line
+            on_line = line * n_cols + crossing if axis == 0 else crossing * n_cols + line
+            seen[axis][line] = True
+            best.offer(rank, on_line, flat[on_line])
+            kept.append(best.total)
+        indices = np.array(sorted(best.spans), dtype=np.int64)
+        spans = np.array([best.spans[i] for i in indices.tolist()], dtype=np.int32).reshape(-1, 2)
+        total = float(flat[free].sum(dtype=np.float64))
+        return cls(indices, spans[:, 0], spans[:, 1], np.array(kept), total)
+
+    def select(self, rank: int | None) -> NDArray[np.int64]:
+        """Sorted flat indices of the selection on `rank` lines; None: on all lines."""
+        n_lines = len(self.kept) if rank is None else min(rank, len(self.kept))
+        return self.indices[(self.enter <= n_lines) & (n_lines < self.leave)]
+
+
+def smallest_rank(paths: Sequence[SelectionPath], share: float) -> tuple[int, float]:
+    """The smallest R for which all matrices together keep `share` of their unlimited score.
+
+    Returns:
+        R and the share that it keeps.
+    """
+    n_lines = max(len(path.kept) for path in paths)
+    total = sum(path.free for path in paths)
+    kept = np.zeros(n_lines)
+    for path in paths:
+        kept += np.pad(path.kept, (0, n_lines - len(path.kept)), mode="edge")
+    enough = np.flatnonzero(kept >= share * total * (1 - 1e-12))
+    rank = int(enough[0]) + 1 if enough.size else n_lines
+    return rank, float(kept[rank - 1] / total) if total > 0 else 1.0
