@@ -11,6 +11,7 @@ A checkpoint only saves time: state at step n and the records after n give the s
 uninterrupted run.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -27,11 +28,11 @@ from zo_gguf.config import TuneConfig, load_config, save_config
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
 from zo_gguf.methods.base import Method
-from zo_gguf.optimizer import OPTIMIZERS, Optimizer, gradient_estimate
-from zo_gguf.options import nearest
+from zo_gguf.optimizer import OPTIMIZERS, Optimizer, check_optimizer, gradient_estimate
 from zo_gguf.trajectory import Record, Trajectory
 
 _STEP_KEY = "step"
+_NOTE_KEY = "zo_gguf"
 
 
 @dataclass
@@ -56,11 +57,7 @@ def first_state(method: Method, optimizer: str) -> State:
     Raises:
         ZoError: There is no such optimizer.
     """
-    if optimizer not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise ZoError(
-            f"There is no optimizer {optimizer!r}{nearest(optimizer, OPTIMIZERS)} Known: {known}."
-        )
+    check_optimizer(optimizer)
     theta = method.theta0()
     return State(0, theta, OPTIMIZERS[optimizer](theta.size))
 
@@ -80,23 +77,28 @@ class Run:
     validations: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, config: TuneConfig) -> "Run":
-        """Make a new run directory.
-
-        Raises:
-            ZoError: The folder is not empty and --overwrite was not given.
-        """
+    def check_folder(cls, config: TuneConfig) -> None:
+        """Raise ZoError if the run folder holds something and --overwrite was not given."""
         path = Path(config.output)
         if path.exists() and not path.is_dir():
             raise ZoError(f"The run folder {str(path)!r} is a file; give another -o.")
-        if path.is_dir() and any(path.iterdir()):
-            if not config.overwrite:
-                raise ZoError(
-                    f"The run folder {str(path)!r} is not empty; go on with `zo-gguf tune --resume "
-                    f"{path}`, give another -o, or --overwrite."
-                )
-            for name in _OWN_FILES:
-                (path / name).unlink(missing_ok=True)
+        if path.is_dir() and any(path.iterdir()) and not config.overwrite:
+            raise ZoError(
+                f"The run folder {str(path)!r} is not empty; go on with `zo-gguf tune --resume "
+                f"{path}`, give another -o, or --overwrite."
+            )
+
+    @classmethod
+    def create(cls, config: TuneConfig) -> "Run":
+        """Make a new run directory; with --overwrite, the files of an older run go first.
+
+        Raises:
+            ZoError: As `check_folder`.
+        """
+        cls.check_folder(config)
+        path = Path(config.output)
+        for name in _OWN_FILES:
+            (path / name).unlink(missing_ok=True)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         run = cls(path, config)
         run.save_config(config)
@@ -172,10 +174,11 @@ class Run:
 
     def save_state(self, state: State) -> None:
         """Write checkpoints/state.safetensors."""
-        arrays = {f"optimizer.{name}": value for name, value in state.optimizer.state.items()}
-        arrays["theta"] = state.theta
+        arrays = _arrays(state)
         with atomic_write(self.checkpoint("state")) as file:
-            file.write(serialize(arrays, metadata={_STEP_KEY: str(state.step)}))
+            # safetensors has no checksum of its own; one entry, so that the bytes are reproducible.
+            note = json.dumps({_STEP_KEY: state.step, "sha256": digest(*arrays.values())})
+            file.write(serialize(arrays, metadata={_NOTE_KEY: note}))
 
     def load_state(self, method: Method, last_step: int) -> State:
         """The newest saved state, or the first one where none was saved.
@@ -187,14 +190,15 @@ class Run:
         path = self.checkpoint("state")
         if not path.is_file():
             return state
-        wanted = {"theta": state.theta} | {
-            f"optimizer.{name}": value for name, value in state.optimizer.state.items()
-        }
+        wanted = _arrays(state)
         fix = f"delete {str(path)!r}: it only saves time, the trajectory has everything"
         try:
             with safe_open(path, framework="numpy") as file:
-                step = int((file.metadata() or {})[_STEP_KEY])
+                note = json.loads((file.metadata() or {})[_NOTE_KEY])
+                step = int(note[_STEP_KEY])
                 loaded = {name: file.get_tensor(name) for name in wanted}
+            if digest(*loaded.values()) != note["sha256"]:
+                raise ValueError("its checksum differs")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ZoError(f"The checkpoint is damaged ({error}); {fix}.") from error
         for name, value in wanted.items():
@@ -251,11 +255,18 @@ def open_trajectory(run: Run, method: Method) -> Trajectory:
     return trajectory
 
 
-def digest(array: NDArray[np.float32]) -> str:
-    """SHA-256 of an array's bytes, as hex."""
-    import hashlib
+def digest(*arrays: NDArray[np.floating]) -> str:
+    """SHA-256 of the arrays' bytes, as hex."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
 
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+def _arrays(state: State) -> dict[str, NDArray[np.floating]]:
+    return {"theta": state.theta} | {
+        f"optimizer.{name}": value for name, value in state.optimizer.state.items()
+    }
 
 
 def require_run(path: str | os.PathLike[str]) -> Run:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from zo_gguf.interrupt import Interrupt
 from zo_gguf.methods import find_method
 from zo_gguf.methods.base import Method
 from zo_gguf.noise import measure_noise
-from zo_gguf.optimizer import default_learning_rate
+from zo_gguf.optimizer import check_optimizer, default_learning_rate
 from zo_gguf.progress import Progress
 from zo_gguf.report import TuneResult, finish
 from zo_gguf.run import Run, State, open_trajectory
@@ -59,11 +59,12 @@ def tune(config: TuneConfig) -> TuneResult:
         ZoError: An option, file or row cannot be used, or the loss is not finite.
         KeyboardInterrupt: After Ctrl-C, with everything saved.
     """
-    find_method(config.method)  # a typo must not cost a folder
     absolute = {
         name: os.path.abspath(getattr(config, name)) for name in ("model", "mask", "data", "output")
     }
-    return _tune(Run.create(dataclasses.replace(config, **absolute)))
+    config = dataclasses.replace(config, **absolute)
+    Run.check_folder(config)
+    return _tune(config, lambda: Run.create(config))
 
 
 def resume(run: str | os.PathLike[str]) -> TuneResult:
@@ -72,43 +73,40 @@ def resume(run: str | os.PathLike[str]) -> TuneResult:
     Raises:
         ZoError: As `tune`; also when the run's files were altered.
     """
-    return _tune(Run.open(run))
+    opened = Run.open(run)
+    return _tune(opened.config, lambda: opened)
 
 
-def _tune(run: Run) -> TuneResult:
-    method = find_method(run.config.method)(run.config)
+def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
+    """Open everything, run the loop, report. Nothing is written before all input was read."""
+    check_optimizer(config.optimizer)
+    method = find_method(config.method)(config)
     with method.open_engine() as engine:
-        session = _open(run, method, engine)
+        train, valid = load_train_valid(
+            config.data,
+            engine,
+            val_split=config.val_split,
+            max_tokens=config.max_seq_length,
+            train_on=config.train_on,
+            fields=config.field,
+        )
+        run = open_run()
+        trajectory = open_trajectory(run, method)
         try:
+            run.reload_metrics(trajectory.n_records)
+            state = run.load_state(method, trajectory.n_records)
+            for record in trajectory.records():
+                if record.step > state.step:
+                    state.apply(record, method)
+            engine.set_theta(state.theta)
+            valid = valid[: config.valid_rows or None]
+            session = Session(run, method, engine, train, valid, trajectory, state)
+            _resolve(session)
             with Interrupt() as interrupt:
                 _loop(session, interrupt)
         finally:
-            session.trajectory.close()
-        return finish(run, method, session.state)
-
-
-def _open(run: Run, method: Method, engine: Engine) -> Session:
-    config = run.config
-    trajectory = open_trajectory(run, method)
-    train, valid = load_train_valid(
-        config.data,
-        engine,
-        val_split=config.val_split,
-        max_tokens=config.max_seq_length,
-        train_on=config.train_on,
-        fields=config.field,
-    )
-    run.reload_metrics(trajectory.n_records)
-    state = run.load_state(method, trajectory.n_records)
-    for record in trajectory.records():
-        if record.step > state.step:
-            state.apply(record, method)
-    session = Session(
-        run, method, engine, train, valid[: config.valid_rows or None], trajectory, state
-    )
-    engine.set_theta(state.theta)
-    _resolve(session)
-    return session
+            trajectory.close()
+        return finish(run, method, state)
 
 
 def _resolve(session: Session) -> None:

@@ -1,0 +1,94 @@
+"""Optimizers against float64 formulas, the gradient estimate, schedules, seeds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.estimator import direction_seeds
+from zo_gguf.optimizer import OPTIMIZERS, default_learning_rate, gradient_estimate
+from zo_gguf.schedule import learning_rate
+from zo_gguf.trajectory import Direction
+
+N = 50
+
+
+def gradients(n_steps: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n_steps, N)).astype(np.float32)
+
+
+def reference(name: str, steps: np.ndarray, lr: float) -> np.ndarray:
+    """theta after all steps from 1, in float64, written from the papers' formulas."""
+    theta, m, v = np.ones(N), np.zeros(N), np.zeros(N)
+    for t, g in enumerate(steps.astype(np.float64), start=1):
+        if name == "sgd":
+            theta -= lr * g
+        elif name == "momentum":
+            m = 0.9 * m + 0.1 * g
+            theta -= lr * m
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+            theta -= lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+    return theta
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_against_float64(name: str) -> None:
+    steps = gradients(40)
+    optimizer, theta = OPTIMIZERS[name](N), np.ones(N, np.float32)
+    for g in steps:
+        optimizer.update(theta, g, 0.05)
+    assert theta.dtype == np.float32
+    np.testing.assert_allclose(theta, reference(name, steps, 0.05), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_state_is_all_that_a_restart_needs(name: str) -> None:
+    steps = gradients(20)
+    whole, theta = OPTIMIZERS[name](N), np.ones(N, np.float32)
+    for g in steps[:10]:
+        whole.update(theta, g, 0.05)
+    restarted, copy = OPTIMIZERS[name](N), theta.copy()
+    for key, value in whole.state.items():
+        restarted.state[key][...] = value
+    for g in steps[10:]:
+        whole.update(theta, g, 0.05)
+        restarted.update(copy, g, 0.05)
+    assert np.array_equal(theta.view(np.uint32), copy.view(np.uint32))
+
+
+def test_gradient_estimate_is_the_mean_over_directions() -> None:
+    noise = {1: np.arange(4, dtype=np.float32), 2: np.ones(4, np.float32)}
+    directions = [Direction(1, 0, 0, 3.0), Direction(2, 0, 0, -1.0)]
+    estimate = gradient_estimate(directions, noise.__getitem__)
+    np.testing.assert_allclose(estimate, (3 * noise[1] - noise[2]) / 2)
+
+
+def test_seeds_are_distinct_and_reproducible() -> None:
+    seeds = [s for step in range(500) for s in direction_seeds(0, step, 3)]
+    assert len(set(seeds)) == 1500
+    assert seeds[:3] == direction_seeds(0, 0, 3)
+    assert not set(seeds) & {s for step in range(500) for s in direction_seeds(1, step, 3)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [("constant", 1, 1), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)],
+)
+def test_schedules(schedule: str, middle: float, last: float) -> None:
+    config = TuneConfig(
+        model="m.gguf", data="d", output="o", iters=101, schedule=schedule, learning_rate=2.0
+    )
+    assert learning_rate(config, 0) == 2.0
+    assert learning_rate(config, 50) == pytest.approx(2 * middle)
+    assert learning_rate(config, 100) == pytest.approx(2 * last)
+    single = dataclasses.replace(config, iters=1)
+    assert learning_rate(single, 0) == 2.0
+
+
+def test_default_rates_move_weights_equally_far() -> None:
+    eps, slope = 0.05, 4.0
+    adam, sgd = (default_learning_rate(name, eps, slope) for name in ("adam", "sgd"))
+    assert sgd * slope == pytest.approx(adam, rel=0.05)
+    assert default_learning_rate("adam", 2 * eps, slope) == pytest.approx(2 * adam, rel=0.05)

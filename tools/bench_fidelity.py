@@ -1,0 +1,62 @@
+"""Projected gradients of the hooked engine against autograd, at the automatic eps.
+
+For every quantization: 24 random z on 16 rows, each row its prompt and right choice as completion;
+the reference is torch's gradient on the same dequantized weights, projected on the same z.
+
+    .venv/bin/python tools/bench_fidelity.py --hf DIR --exports DIR --name tiny-llama --data DIR
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import reference  # the tests' torch model
+
+from zo_gguf.dataset import load_examples
+from zo_gguf.engine import Engine, Probe
+from zo_gguf.noise import measure_noise
+
+N_PROBES, N_ROWS = 24, 16
+
+
+def main() -> None:
+    """Print one line per quantization."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--exports", type=Path, required=True, help="folder of GGUFs and masks")
+    parser.add_argument("--name", required=True, help="file name before -QUANT.gguf")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
+    parser.add_argument("--quant", action="append")
+    options = parser.parse_args()
+    print(f"{'quant':<8}{'eps':>8}{'floor':>10}{'slope':>8}{'correlation':>13}{'ratio':>8}")
+    for quant in options.quant or ["F16", "Q8_0", "Q4_0", "Q4_K_M"]:
+        path = options.exports / f"{options.name}-{quant}.gguf"
+        with Engine(path, mask=str(path).removesuffix(".gguf") + ".mask.safetensors") as engine:
+            rows = load_examples(options.data / "train.jsonl", engine)[:N_ROWS]
+            rows = [replace(row, choices=(), answer=-1) for row in rows]
+            report = measure_noise(engine, rows)
+            eps = report.eps
+            model = reference.torch_model(options.hf, path)
+            tensors, shapes = engine.mask.tensors, engine.mask.shapes
+            reference.add_delta(model, tensors, shapes, engine.theta())
+            noises = [engine.noise(seed) for seed in range(N_PROBES)]
+            exact = reference.directional_derivatives(model, rows, tensors, shapes, noises)
+            probes = [Probe(seed, sign * eps) for seed in range(N_PROBES) for sign in (1, -1)]
+            losses = engine.losses(rows, probes).mean(axis=1).reshape(-1, 2)
+            slopes = (losses[:, 0] - losses[:, 1]) / (2 * eps)
+            correlation = np.corrcoef(slopes, exact)[0, 1]
+            ratio = (slopes @ exact) / (exact @ exact)
+            print(
+                f"{quant:<8}{eps:>8.2g}{report.floor:>10.1e}{report.slope:>8.2f}"
+                f"{correlation:>13.5f}{ratio:>8.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

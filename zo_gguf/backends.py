@@ -1,0 +1,77 @@
+"""The devices that the loaded llama.cpp can compute on."""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp  # noqa: TID251 - only asked what it was built with
+
+_KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "several devices")  # ggml_backend_dev_type
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of ggml.
+
+    Attributes:
+        name: ggml's name, such as "CUDA0".
+        description: The hardware's name.
+        kind: CPU, GPU, integrated GPU, accelerator.
+        memory_total: Bytes; 0 where ggml does not know.
+    """
+
+    name: str
+    description: str
+    kind: str
+    memory_total: int
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether layers can be offloaded to it."""
+        return self.kind in ("GPU", "integrated GPU")
+
+
+def list_devices() -> list[Device]:
+    """All devices, in ggml's order."""
+    llama_cpp.llama_backend_init()
+    count = _function("ggml_backend_dev_count", ctypes.c_size_t)
+    get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    return [_describe(get(i)) for i in range(count())]
+
+
+def supports_offload() -> bool:
+    """Whether llama.cpp would move layers off the CPU if asked to."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def engine_version() -> str:
+    """Version of the llama_cpp package."""
+    return str(llama_cpp.__version__)
+
+
+def cpu_features() -> str:
+    """What llama.cpp's CPU code was compiled for, such as "AVX2, FMA"."""
+    text = llama_cpp.llama_print_system_info().decode(errors="replace")
+    pairs = (part.strip().rpartition(":")[2].partition("=") for part in text.split("|"))
+    return ", ".join(name.strip() for name, _, value in pairs if value.strip() == "1")
+
+
+def _describe(device: int) -> Device:
+    name = _function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
+    description = _function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+    kind = _function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)(device)
+    pointer = ctypes.POINTER(ctypes.c_size_t)
+    memory = _function("ggml_backend_dev_memory", None, ctypes.c_void_p, pointer, pointer)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    memory(device, ctypes.byref(free), ctypes.byref(total))
+    return Device(
+        name(device).decode(errors="replace"),
+        description(device).decode(errors="replace"),
+        _KINDS[kind] if 0 <= kind < len(_KINDS) else "unknown",
+        total.value,
+    )
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    # Through libllama's handle: see ggml_quant.
+    return ctypes.CFUNCTYPE(result, *arguments)((name, llama_cpp.llama_cpp._lib))

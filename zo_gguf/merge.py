@@ -1,0 +1,212 @@
+"""`merge`: a delta becomes one complete GGUF, or a LoRA, for stock apps; measures what survived.
+
+The smallest file that keeps enough of the gain is taken. How bytes change stands in `requantize`,
+which files are possible in `merge_plan`, what people see in `merge_result`.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zo_gguf
+from zo_gguf.config import MergeConfig
+from zo_gguf.delta import Delta
+from zo_gguf.files import atomic_write
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.gguf_write import Value, check_output
+from zo_gguf.lora import LoraSummary, check_lora, write_lora
+from zo_gguf.merge_data import Baseline, find_source, measure_baseline, open_base
+from zo_gguf.merge_plan import Plan, make_patches, missing_growth, plans, write_plan
+from zo_gguf.merge_result import Candidate, MergeResult, retention
+from zo_gguf.stock import measure_stock
+
+RETENTION_GOAL = 0.98
+
+_Keys = dict[str, Value | None]
+
+
+def merge(config: MergeConfig) -> MergeResult:
+    """Write the merged GGUF or LoRA, and a `.merge.json` with the numbers beside it.
+
+    Args:
+        config: See MergeConfig.
+
+    Returns:
+        What was written and what survived; its losses are None where no rows are at hand.
+
+    Raises:
+        ZoError: The run, base or data cannot be used, the output exists, or no LoRA is possible.
+        DoesNotFitError: The disk is too small.
+    """
+    delta = Delta.load(config.run)
+    source = find_source(Path(config.run))
+    base = open_base(config, source.run, delta)
+    output = check_output(config.output, overwrite=config.overwrite, inputs=[base.path])
+    if config.lora:
+        check_lora(base, delta, config.rank)
+    measured = measure_baseline(config, source.run, base, delta)
+    baseline = measured if isinstance(measured, Baseline) else None
+    work = _merge_lora if config.lora else _merge_model
+    keys = _provenance(base, delta, source.name)
+    result = work(config, base, delta, output, baseline, keys)
+    if isinstance(measured, str):
+        result = result.with_notes([measured])
+    elif result.retention is None:
+        note = (
+            "The tuned weights are not better than the base on these rows, so there is no gain of "
+            "which a share could be kept."
+        )
+        result = result.with_notes([note])
+    with atomic_write(output.with_name(output.name + ".merge.json")) as file:
+        file.write(json.dumps(result.to_dict(), indent=2, allow_nan=False).encode() + b"\n")
+    return result
+
+
+def _merge_model(
+    config: MergeConfig,
+    base: GgufFile,
+    delta: Delta,
+    output: Path,
+    baseline: Baseline | None,
+    provenance: _Keys,
+) -> MergeResult:
+    """Write the first plan that keeps enough, or else the best."""
+    _say(f"re-quantizing {delta.nnz} tuned weights")
+    patches = make_patches(base, delta, config.threads)
+    kind = "keep" if baseline is None and config.type == "auto" else config.type
+    keys = provenance | _names(base, provenance["zo_gguf.run"], output)
+    tried: list[Candidate] = []
+    best: Candidate | None = None
+    with _drafts(output) as (draft, kept):
+        for plan in plans(base, delta, patches, kind, config.max_growth):
+            keys["zo_gguf.merge.types"] = plan.label
+            write_plan(base, delta, patches, plan, draft, keys)
+            candidate = _measured(config, draft, plan, baseline)
+            tried.append(candidate)
+            if candidate.better_than(best):
+                best = candidate
+                os.replace(draft, kept)
+            if candidate.settles(RETENTION_GOAL):
+                break
+        assert best is not None
+        os.replace(kept, output)
+    result = _result(base, output, baseline, best, tried)
+    if config.type == "auto" and not best.settles(RETENTION_GOAL):
+        note = (
+            f"No file within growth {config.max_growth:g} keeps {RETENTION_GOAL:.0%} of the gain, "
+            f"so this is the best of {len(tried)}; {missing_growth(base, delta)}."
+        )
+        return result.with_notes([note])
+    return result
+
+
+def _measured(config: MergeConfig, path: Path, plan: Plan, baseline: Baseline | None) -> Candidate:
+    promoted = {name: kind.name for name, kind in plan.promoted.items()}
+    candidate = Candidate(plan.label, promoted, plan.growth, path.stat().st_size)
+    if baseline is None:
+        return candidate
+    _say(f"measuring {plan.label} (growth {plan.growth:.2f}) in stock llama-cpp-python")
+    merged = measure_stock(path, baseline.examples, n_threads=config.threads)
+    return candidate.with_losses(merged, retention(baseline.base, baseline.tuned, merged))
+
+
+def _merge_lora(
+    config: MergeConfig,
+    base: GgufFile,
+    delta: Delta,
+    output: Path,
+    baseline: Baseline | None,
+    provenance: _Keys,
+) -> MergeResult:
+    _say(f"factoring {delta.nnz} tuned weights")
+    keys = {"general.name": output.stem, **provenance}
+    base_bytes = base.path.stat().st_size
+    with _drafts(output) as (draft, _):
+        summary = write_lora(base, delta, draft, rank=config.rank, keys=keys)
+        growth = (base_bytes + summary.n_bytes) / base_bytes
+        candidate = Candidate(f"base and LoRA of rank {summary.rank}", {}, growth, summary.n_bytes)
+        if baseline is not None:
+            _say("measuring the LoRA in stock llama-cpp-python")
+            merged = measure_stock(
+                base.path, baseline.examples, lora=draft, n_threads=config.threads
+            )
+            kept = retention(baseline.base, baseline.tuned, merged)
+            candidate = candidate.with_losses(merged, kept)
+        os.replace(draft, output)
+    return _result(base, output, baseline, candidate, [candidate], lora=summary)
+
+
+def _result(
+    base: GgufFile,
+    output: Path,
+    baseline: Baseline | None,
+    chosen: Candidate,
+    tried: Iterable[Candidate],
+    lora: LoraSummary | None = None,
+) -> MergeResult:
+    return MergeResult(
+        output=output,
+        model=base.path,
+        base=baseline.base.result if baseline else None,
+        tuned=baseline.tuned.result if baseline else None,
+        chosen=chosen,
+        tried=tuple(tried),
+        base_bytes=base.path.stat().st_size,
+        lora=lora,
+    )
+
+
+@contextmanager
+def _drafts(output: Path) -> Iterator[tuple[Path, Path]]:
+    """Two temporary names beside `output`; whatever is left under them is removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    paths = [output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("draft", "best")]
+    try:
+        yield paths[0], paths[1]
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+# ---- metadata ------------------------------------------------------------------------------------
+
+
+def _provenance(base: GgufFile, delta: Delta, run: str) -> _Keys:
+    """What the file came from; no time stamps, so that the same merge gives the same bytes."""
+    digest = hashlib.sha256()
+    for name, indices in delta.tensors.items():
+        digest.update(name.encode() + indices.astype("<i8").tobytes())
+    digest.update(delta.theta.astype("<f4").tobytes())
+    return {
+        "zo_gguf.version": zo_gguf.__version__,
+        "zo_gguf.method": delta.header.method,
+        "zo_gguf.run": run,
+        "zo_gguf.base.file": base.path.name,
+        "zo_gguf.base.sha256": base.sha256(),
+        "zo_gguf.delta.sha256": digest.hexdigest(),
+        "zo_gguf.delta.nnz": delta.nnz,
+        "zo_gguf.provenance": json.dumps(delta.header.provenance, sort_keys=True),
+    }
+
+
+def _names(base: GgufFile, run: Value | None, output: Path) -> _Keys:
+    """The model's own name, and the base as what it was made from."""
+    base_name = base.name or base.path.stem
+    keys: _Keys = {key: None for key in base.header.keys if key.startswith("general.base_model.")}
+    keys["general.name"] = output.stem
+    keys["general.finetune"] = run
+    keys["general.base_model.count"] = 1
+    keys["general.base_model.0.name"] = base_name
+    for key in ("organization", "repo_url", "author", "version"):
+        value = base.metadata(f"general.{key}")
+        if isinstance(value, str) and value:
+            keys[f"general.base_model.0.{key}"] = value
+    return keys
+
+
+def _say(text: str) -> None:
+    print(f"merge: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,234 @@
+"""The files that a merge may write: which tuned tensors keep their type and which are promoted.
+
+Sizes are known without writing. Which plan is taken is decided in `merge`, by measuring.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from zo_gguf.delta import Delta
+from zo_gguf.errors import ZoError
+from zo_gguf.ggml_quant import quantize_blocks
+from zo_gguf.gguf_file import GgufFile, TensorInfo
+from zo_gguf.gguf_write import NewTensor, Value, copy_gguf
+from zo_gguf.requantize import TUNED_WEIGHT, Patch, requantize
+
+_FLOATS = (Type.F16, Type.F32, Type.BF16, Type.F64)
+_ROWS = 1 << 20  # weights per piece when a whole tensor is written anew
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One possible output.
+
+    Attributes:
+        label: How people are told about it.
+        promoted: Tuned tensors that get a finer type; all others keep theirs.
+        n_bytes: Tensor data of the whole file.
+        growth: n_bytes over the base's.
+    """
+
+    label: str
+    promoted: Mapping[str, Type]
+    n_bytes: int
+    growth: float
+
+
+def make_patches(base: GgufFile, delta: Delta, n_threads: int | None) -> dict[str, Patch]:
+    """For every tuned tensor, the new bytes of its touched blocks within its own type.
+
+    Raises:
+        ZoError: A tensor's type can neither be searched nor quantized to.
+    """
+    return {
+        name: requantize(
+            base.raw(name),
+            base.tensors[name].type,
+            delta.tensors[name],
+            delta.theta[part],
+            n_threads=n_threads,
+        )
+        for name, part in delta.slices().items()
+    }
+
+
+def plan_keep(base: GgufFile) -> Plan:
+    """Same types, same size."""
+    total = _data_bytes(base, {})
+    return Plan("same types", {}, total, 1.0)
+
+
+def plan_all(base: GgufFile, delta: Delta, target: Type) -> Plan:
+    """Every tuned tensor that is coarser than `target` promoted to it."""
+    promoted = {
+        name: kind
+        for name in delta.tensors
+        if (kind := _finer_type(base.tensors[name], target)) is not None
+    }
+    return _plan(base, f"all tuned tensors at {target.name}", promoted)
+
+
+def plan_some(
+    base: GgufFile, patches: Mapping[str, Patch], everything: Plan, max_growth: float
+) -> Plan:
+    """As many promotions of `everything` as `max_growth` allows, those that gain most per byte."""
+    gain_per_byte = {}
+    for name, kind in everything.promoted.items():
+        patch = patches[name]
+        error = TUNED_WEIGHT * patch.tuned_error + patch.other_error
+        extra = _bytes_at(base.tensors[name], kind) - base.tensors[name].n_bytes
+        gain_per_byte[name] = error / max(extra, 1)
+    limit = max_growth * _data_bytes(base, {})
+    chosen: dict[str, Type] = {}
+    for name in sorted(gain_per_byte, key=lambda name: -gain_per_byte[name]):
+        trial = {**chosen, name: everything.promoted[name]}
+        if _data_bytes(base, trial) <= limit:
+            chosen = trial
+    kinds = "/".join(sorted({kind.name for kind in chosen.values()}))
+    return _plan(base, f"{len(chosen)} of {len(patches)} tuned tensors at {kinds}", chosen)
+
+
+def plans(
+    base: GgufFile, delta: Delta, patches: Mapping[str, Patch], kind: str, max_growth: float
+) -> list[Plan]:
+    """Possible outputs, smallest first.
+
+    Args:
+        base: The file that was tuned.
+        delta: What was learned.
+        patches: From `make_patches`.
+        kind: "keep", "q8_0" or "f16" for that one, "auto" for all within `max_growth`.
+        max_growth: Only limits "auto".
+    """
+    if kind == "keep":
+        return [plan_keep(base)]
+    if kind != "auto":
+        return [plan_all(base, delta, Type[kind.upper()])]
+    result = [plan_keep(base)]
+    for target in (Type.Q8_0, Type.F16):
+        everything = plan_all(base, delta, target)
+        if everything.growth > max_growth:
+            some = plan_some(base, patches, everything, max_growth)
+            return [*result, some] if some.promoted else result
+        if everything.promoted:
+            result.append(everything)
+    return result
+
+
+def missing_growth(base: GgufFile, delta: Delta) -> str:
+    """What it would take to promote everything, as a clause for the user."""
+    everything = plan_all(base, delta, Type.Q8_0)
+    if not everything.promoted:
+        everything = plan_all(base, delta, Type.F16)
+    if not everything.promoted:
+        return "there is no finer type to promote the tuned tensors to"
+    return f"{everything.label} would take --max-growth {np.ceil(everything.growth * 100) / 100:g}"
+
+
+def write_plan(
+    base: GgufFile,
+    delta: Delta,
+    patches: Mapping[str, Patch],
+    plan: Plan,
+    path: Path,
+    keys: Mapping[str, Value | None],
+) -> None:
+    """Write the output of a plan, atomically; one tensor is in memory at a time.
+
+    Raises:
+        DoesNotFitError: The disk is too small.
+    """
+    slices = delta.slices()
+    replace = {}
+    for name in delta.tensors:
+        info = base.tensors[name]
+        kind = plan.promoted.get(name)
+        if kind is None:
+            same = partial(_patched, base, name, patches[name])
+            replace[name] = NewTensor(name, info.shape, info.type, same)
+        else:
+            theta = delta.theta[slices[name]]
+            make = _Promotion(base, name, kind, delta.tensors[name], theta)
+            replace[name] = NewTensor(name, info.shape, kind, make)
+    if any(kind not in _FLOATS for kind in plan.promoted.values()):
+        keys = {"general.quantization_version": 2, **keys}
+    copy_gguf(base, path, replace=replace, keys=keys)
+
+
+def _patched(base: GgufFile, name: str, patch: Patch) -> NDArray[np.uint8]:
+    return patch.apply(base.raw(name))
+
+
+@dataclass(frozen=True)
+class _Promotion:
+    """Makes a tensor's bytes at a finer type: dequantized, theta added, quantized again."""
+
+    base: GgufFile
+    name: str
+    kind: Type
+    indices: NDArray[np.int64]
+    theta: NDArray[np.float32]
+
+    def __call__(self) -> NDArray[np.uint8]:
+        n_rows, n_cols = self.base.tensors[self.name].shape
+        step = max(1, _ROWS // n_cols)
+        return np.concatenate(
+            [
+                self._rows(first, min(first + step, n_rows), n_cols)
+                for first in range(0, n_rows, step)
+            ]
+        )
+
+    def _rows(self, first: int, last: int, n_cols: int) -> NDArray[np.uint8]:
+        values = self.base.dequantize(self.name, np.arange(first, last))
+        low, high = np.searchsorted(self.indices, (first * n_cols, last * n_cols))
+        values.reshape(-1)[self.indices[low:high] - first * n_cols] += self.theta[low:high]
+        if self.kind == Type.F16:
+            if np.abs(values).max() > np.finfo(np.float16).max:
+                raise ZoError(
+                    f"The values of {self.name!r} are too large for F16; use --type keep."
+                )
+            return values.astype("<f2").view(np.uint8)
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        blocks = quantize_blocks(values.reshape(-1, block), self.kind)
+        return blocks.reshape(last - first, n_cols // block * block_bytes)
+
+
+def _bits_per_weight(kind: Type) -> float:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * block_bytes / block)
+
+
+def _finer_type(info: TensorInfo, target: Type) -> Type | None:
+    """The type that `target` asks for, None where the tensor is as fine already."""
+    if info.type in _FLOATS:
+        return None
+    if info.n_cols % GGML_QUANT_SIZES[target][0]:
+        target = Type.F16  # rows that do not divide into blocks
+    return target if _bits_per_weight(target) > _bits_per_weight(info.type) else None
+
+
+def _bytes_at(info: TensorInfo, kind: Type) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(np.prod(info.shape, dtype=np.int64)) // block * block_bytes
+
+
+def _data_bytes(base: GgufFile, promoted: Mapping[str, Type]) -> int:
+    return sum(
+        _bytes_at(info, promoted[name]) if name in promoted else info.n_bytes
+        for name, info in base.tensors.items()
+    )
+
+
+def _plan(base: GgufFile, label: str, promoted: Mapping[str, Type]) -> Plan:
+    if not promoted:
+        return plan_keep(base)
+    total = _data_bytes(base, promoted)
+    return Plan(label, promoted, total, total / _data_bytes(base, {}))
