@@ -1,14 +1,14 @@
 """Choose codes so that a matrix's outputs stay, given a sample of its inputs.
 
 After `requantize` the touched blocks hold weights that are all slightly wrong. What counts is not
-each error but what they add up to in a row's output: e . x. Given inputs x, the codes of a row's
-touched blocks are improved one by one (coordinate descent on E[(e . x)^2]), so that errors cancel
-along the directions that inputs really take. Steps and offsets stay, and so do all other blocks.
-Rounding against the inputs' second moments is GPTQ's idea (arXiv 2210.17323); here only some
-hundred weights per row are free, so they can be revisited until nothing improves.
+each error but what they add up to in a row's output: e . x. For inputs with second moments H, this
+finds codes of low E[(e . x)^2] = e H e for each row: first one column after another, each error
+taken up by the columns to come (GPTQ, arXiv 2210.17323), then coordinate descent until nothing
+improves. Steps and offsets stay, and so do all blocks that were not touched.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from zo_gguf.block_codes import BlockCodes, read_blocks
 from zo_gguf.quant_layout import Layout
 
+F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
-_NARROW = 16  # blocks; rows that touch more are searched apart, over all of their columns
-_SWEEPS = 5
-_WORKING_SET = 1 << 22  # errors held at once
+_SWEEPS = 6
+_WIDE = 512  # columns; rows with more share their moments, if they touch the same blocks
+_LARGEST_INVERSE = 4096  # columns; beyond, only coordinate descent
+_WORKING_SET = 1 << 22  # numbers held at once
 
 
 def choose_codes(
@@ -49,118 +51,163 @@ def choose_codes(
         The blocks' bytes, and the sum over rows of E[(e . x)^2], without the ridge.
     """
     row, column = np.divmod(ids, inputs.shape[1] // layout.block)
+    moments = (inputs.T @ inputs).astype(np.float64)  # (n_cols, n_cols)
     result = np.empty_like(starts[0])
     output_error = 0.0
-    for members in _batches(row, column, layout.block * len(starts)):
-        part = _Rows(row[members], column[members], layout, target[members], inputs, ridge)
-        states = [_State(read_blocks(start[members], layout), part) for start in starts]
-        for state in states:
-            part.descend(state)
-        loss = np.stack([part.loss(state) for state in states])  # (n_starts, n_rows)
-        best = loss.argmin(axis=0)  # (n_rows,)
-        packed = np.stack([state.blocks.pack() for state in states])
-        result[members] = packed[best[part.row], np.arange(len(members))]
-        output_error += part.output_error([states[k].error[i] for i, k in enumerate(best)])
+    for members in _batches(row, column, layout.block):
+        # (n_rows, n_blocks): the members of each row
+        rows = _Rows(layout, column[members], target[members], moments, ridge)
+        best: _Codes | None = None
+        for start in starts:
+            blocks = read_blocks(start[members.reshape(-1)], layout)
+            for codes in rows.candidates(blocks):
+                best = codes if best is None else best.or_better(codes)
+        assert best is not None
+        result[members.reshape(-1)] = best.raw
+        output_error += float(rows.loss(best.error, rows.plain_moments).sum())
     return result, output_error
 
 
-def _batches(row: I64, column: I64, weights_per_block: int) -> Iterator[NDArray[np.intp]]:
-    """Blocks of whole rows that are searched together: first narrow rows, then wide ones."""
-    _, number, count = np.unique(row, return_inverse=True, return_counts=True)
-    for rows in (np.flatnonzero(count <= _NARROW), np.flatnonzero(count > _NARROW)):
-        chosen = np.isin(number, rows)
-        width = len(np.unique(column[chosen])) * weights_per_block
-        size = max(1, _WORKING_SET // max(width, 1))
-        for first in range(0, len(rows), size):
-            yield np.flatnonzero(np.isin(number, rows[first : first + size]))
+def _batches(row: I64, column: I64, block: int) -> Iterator[NDArray[np.intp]]:
+    """Rows that are searched together: as many blocks each, and the same ones where they are many.
+
+    Yields:
+        Indices of the rows' blocks, (n_rows, n_blocks).
+    """
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    count = np.diff(np.append(first, len(row)))
+    for n_blocks in np.unique(count):
+        members = first[count == n_blocks][:, None] + np.arange(n_blocks)
+        width = int(n_blocks) * block
+        if width <= _WIDE:
+            size = max(1, _WORKING_SET // width**2)
+            yield from (members[i : i + size] for i in range(0, len(members), size))
+        else:
+            _, group = np.unique(column[members], axis=0, return_inverse=True)
+            yield from (members[group.reshape(-1) == g] for g in range(group.max() + 1))
 
 
-class _State:
-    """Codes on their way, and the errors they leave."""
+@dataclass
+class _Codes:
+    """A candidate for some rows.
 
-    def __init__(self, blocks: BlockCodes, part: "_Rows") -> None:
-        layout = blocks.layout
-        n = len(blocks.raw)
-        self.blocks = blocks
-        self.codes = blocks.codes.reshape(n, layout.block)  # a view
-        self.step = np.repeat(blocks.step, layout.group, axis=1)  # (n, block)
-        self.offset = np.repeat(blocks.offset, layout.group, axis=1)
-        self.error = np.zeros((part.n_rows, part.n_columns, layout.block), dtype=np.float32)
-        self.error[part.row, part.column] = blocks.values().reshape(n, -1) - part.target
+    Attributes:
+        raw: Bytes of the rows' blocks, (n_rows * n_blocks, block_bytes).
+        error: (n_rows, m) in the rows' column order.
+        loss: (n_rows,).
+    """
+
+    raw: U8
+    error: F64
+    loss: F64
+
+    def or_better(self, other: "_Codes") -> "_Codes":
+        """Per row, the candidate with the lower loss."""
+        better = other.loss < self.loss
+        blocks = np.repeat(better, len(self.raw) // len(better))
+        return _Codes(
+            np.where(blocks[:, None], other.raw, self.raw),
+            np.where(better[:, None], other.error, self.error),
+            np.where(better, other.loss, self.loss),
+        )
 
 
 class _Rows:
-    """Some rows of a tensor over the union of the blocks that they touch."""
+    """Some rows with m free weights each, ordered by falling mean square of their inputs."""
 
     def __init__(
-        self, row: I64, column: I64, layout: Layout, target: F32, inputs: F32, ridge: float
+        self, layout: Layout, column: I64, target: F32, moments: F64, ridge: float
     ) -> None:
         self.layout = layout
-        self.target = target
-        rows, self.row = np.unique(row, return_inverse=True)
-        columns, self.column = np.unique(column, return_inverse=True)
-        self.n_rows, self.n_columns = len(rows), len(columns)
-        blocks = inputs.reshape(len(inputs), -1, layout.block)[:, columns]
-        self.inputs = blocks.reshape(len(inputs), -1)  # (n_samples, m)
-        moment = self.inputs.T @ self.inputs  # (m, m)
-        level = ridge * max(float(np.trace(moment)) / len(moment), 1e-30)
-        self.moment = moment + level * np.eye(len(moment), dtype=np.float32)
+        n_rows = len(column)
+        columns = (column[..., None] * layout.block + np.arange(layout.block)).reshape(n_rows, -1)
+        shared = columns.shape[1] > _WIDE  # then the columns are the same in all rows
+        used = columns[:1] if shared else columns
+        self.order = np.argsort(-moments[used, used], axis=1, kind="stable")  # (n_rows or 1, m)
+        used = np.take_along_axis(used, self.order, axis=1)
+        self.plain_moments = moments[used[:, :, None], used[:, None, :]]  # (n_rows or 1, m, m)
+        diagonal = np.einsum("rii->ri", self.plain_moments)
+        level = ridge * np.maximum(diagonal.mean(axis=1), 1e-30)
+        self.moments = self.plain_moments + level[:, None, None] * np.eye(columns.shape[1])
+        self.target = self._ordered(target.reshape(n_rows, -1).astype(np.float64))
         self.middles = (layout.levels[1:] + layout.levels[:-1]) / 2
 
-    def loss(self, state: _State) -> F32:
-        """What is minimized, per row."""
-        error = state.error.reshape(self.n_rows, -1)
-        return np.asarray((error * (error @ self.moment)).sum(axis=1))
+    def _ordered(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        order = np.broadcast_to(self.order, values.shape)
+        return np.take_along_axis(values, order, axis=1)
 
-    def output_error(self, errors: Sequence[F32]) -> float:
-        """Sum over rows of E[(e . x)^2]."""
-        flat = np.stack(errors).reshape(self.n_rows, -1)
-        return float(np.square(flat @ self.inputs.T, dtype=np.float64).sum())
+    def loss(self, error: F64, moments: F64) -> F64:
+        """e H e, (n_rows,)."""
+        product = (error[:, None, :] @ moments)[:, 0]
+        return np.asarray((product * error).sum(axis=1))
 
-    def descend(self, state: _State) -> None:
-        """Improve the codes until nothing changes, or often enough."""
+    def candidates(self, blocks: BlockCodes) -> Iterator[_Codes]:
+        """The blocks' own codes and those of the sequential pass, both improved."""
+        layout, n_rows = self.layout, len(self.target)
+        step = np.repeat(blocks.step, layout.group, axis=1).reshape(n_rows, -1)
+        offset = np.repeat(blocks.offset, layout.group, axis=1).reshape(n_rows, -1)
+        scale = _Scale(self._ordered(step), self._ordered(offset))
+        own = self._ordered(blocks.codes.reshape(n_rows, -1))
+        starts = [own]
+        if own.shape[1] <= _LARGEST_INVERSE:
+            starts.append(self._sequential(scale))
+        for codes in starts:
+            error = self._descend(scale, codes)
+            flat = np.empty_like(codes)
+            order = np.broadcast_to(self.order, codes.shape)
+            np.put_along_axis(flat, order, codes, axis=1)
+            blocks.codes = flat.reshape(blocks.codes.shape)
+            yield _Codes(blocks.pack(), error, self.loss(error, self.moments))
+
+    def _sequential(self, scale: "_Scale") -> I64:
+        """GPTQ: quantize a column, let the columns to come make up for its error."""
+        factor = np.linalg.cholesky(np.linalg.inv(self.moments)).swapaxes(1, 2)  # upper
+        wanted = self.target.copy()
+        codes = np.empty(wanted.shape, dtype=np.int64)
+        for j in range(wanted.shape[1]):
+            codes[:, j] = self._nearest(wanted[:, j], scale, j)
+            miss = (wanted[:, j] - self._value(codes[:, j], scale, j)) / factor[:, j, j]
+            wanted[:, j + 1 :] -= miss[:, None] * factor[:, j, j + 1 :]
+        return codes
+
+    def _descend(self, scale: "_Scale", codes: I64) -> F64:
+        """Change single codes of each row, in place, while that helps; returns the errors."""
+        values = [self._value(codes[:, j], scale, j) for j in range(codes.shape[1])]
+        error = np.stack(values, axis=1) - self.target
         for _ in range(_SWEEPS):
-            error = state.error.reshape(self.n_rows, -1)
-            gradient = error @ self.moment  # (n_rows, m), half of the loss's
-            changed = 0
-            for column in range(self.n_columns):
-                changed += self._improve(state, gradient, column)
-            if not changed:
-                return
+            slope = (error[:, None, :] @ self.moments)[:, 0]  # half the gradient
+            n_changed = 0
+            for j in range(codes.shape[1]):
+                curvature = self.moments[:, j, j]
+                value = self.target[:, j] + error[:, j]
+                code = self._nearest(value - slope[:, j] / curvature, scale, j)
+                change = self._value(code, scale, j) - value
+                helps = change * (2 * slope[:, j] + change * curvature) < -1e-15
+                if helps.any():
+                    n_changed += int(helps.sum())
+                    change = np.where(helps, change, 0)
+                    codes[helps, j] = code[helps]
+                    error[:, j] += change
+                    slope += change[:, None] * self.moments[:, j]
+            if not n_changed:
+                break
+        return error
 
-    def _improve(self, state: _State, gradient: F32, column: int) -> int:
-        """One pass over one block of all rows that touch it; returns how many codes changed."""
-        size = self.layout.block
-        span = slice(column * size, (column + 1) * size)
-        members = np.flatnonzero(self.column == column)
-        rows = self.row[members]
-        local = self.moment[span, span]
-        error, slope = state.error[rows, column], gradient[rows, span]
-        before = error.copy()
-        codes = state.codes[members]
-        step, offset, target = state.step[members], state.offset[members], self.target[members]
-        n_changed = 0
-        for j in range(size):
-            curvature = local[j, j]
-            value = target[:, j] + error[:, j]
-            wanted = value - slope[:, j] / curvature
-            code = self._nearest(wanted, step[:, j], offset[:, j])
-            change = step[:, j] * self.layout.levels[code] - offset[:, j] - value
-            change[(change * (2 * slope[:, j] + change * curvature) >= 0)] = 0
-            moved = change != 0
-            if moved.any():
-                n_changed += int(moved.sum())
-                codes[moved, j] = code[moved]
-                error[:, j] += change
-                slope += change[:, None] * local[j]
-        state.error[rows, column] = error
-        state.codes[members] = codes
-        gradient[rows] += (error - before) @ self.moment[span]
-        return n_changed
-
-    def _nearest(self, wanted: F32, step: F32, offset: F32) -> I64:
-        scaled = (wanted + offset) / np.where(step == 0, 1, step)
+    def _nearest(self, wanted: F64, scale: "_Scale", j: int) -> I64:
+        step = scale.step[:, j]
+        scaled = (wanted + scale.offset[:, j]) / np.where(step == 0, 1, step)
         if self.layout.uniform:
             ranks = np.rint(scaled - self.layout.levels[0])
             return np.asarray(np.clip(ranks, 0, len(self.layout.levels) - 1), dtype=np.int64)
         return np.asarray(np.searchsorted(self.middles, scaled), dtype=np.int64)
+
+    def _value(self, codes: I64, scale: "_Scale", j: int) -> F64:
+        return np.asarray(scale.step[:, j] * self.layout.levels[codes] - scale.offset[:, j])
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Step and offset of every free weight, (n_rows, m)."""
+
+    step: F64
+    offset: F64

@@ -1,7 +1,7 @@
 """`merge`: a delta becomes one complete GGUF, or a LoRA, for stock apps; measures what survived.
 
-The smallest file that keeps enough of the gain is taken. How bytes change stands in `requantize`,
-which files are possible in `merge_plan`, what people see in `merge_result`.
+The smallest file that keeps enough of the gain is taken. How bytes change stands in
+`merge_patches`, which files are possible in `merge_plan`, what people see in `merge_result`.
 """
 
 import hashlib
@@ -10,9 +10,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import zo_gguf
+from zo_gguf.activations import InputSample, sample_inputs
 from zo_gguf.config import MergeConfig
 from zo_gguf.delta import Delta
 from zo_gguf.files import atomic_write
@@ -20,13 +22,27 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import Value, check_output
 from zo_gguf.lora import LoraSummary, check_lora, write_lora
 from zo_gguf.merge_data import Baseline, find_source, measure_baseline, open_base
-from zo_gguf.merge_plan import Plan, make_patches, missing_growth, plans, write_plan
+from zo_gguf.merge_patches import ROUNDINGS, can_round, plain_patches, rounded_patches
+from zo_gguf.merge_plan import Plan, missing_growth, plans, write_plan
 from zo_gguf.merge_result import Candidate, MergeResult, retention
+from zo_gguf.requantize import Patch
 from zo_gguf.stock import measure_stock
 
 RETENTION_GOAL = 0.98
 
 _Keys = dict[str, Value | None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a merge works on; `provenance` is what every written file says about its origin."""
+
+    config: MergeConfig
+    base: GgufFile
+    delta: Delta
+    output: Path
+    baseline: Baseline | None
+    provenance: _Keys
 
 
 def merge(config: MergeConfig) -> MergeResult:
@@ -50,9 +66,8 @@ def merge(config: MergeConfig) -> MergeResult:
         check_lora(base, delta, config.rank)
     measured = measure_baseline(config, source.run, base, delta)
     baseline = measured if isinstance(measured, Baseline) else None
-    work = _merge_lora if config.lora else _merge_model
-    keys = _provenance(base, delta, source.name)
-    result = work(config, base, delta, output, baseline, keys)
+    job = _Job(config, base, delta, output, baseline, _provenance(base, delta, source.name))
+    result = _merge_lora(job) if config.lora else _merge_model(job)
     if isinstance(measured, str):
         result = result.with_notes([measured])
     elif result.retention is None:
@@ -66,26 +81,20 @@ def merge(config: MergeConfig) -> MergeResult:
     return result
 
 
-def _merge_model(
-    config: MergeConfig,
-    base: GgufFile,
-    delta: Delta,
-    output: Path,
-    baseline: Baseline | None,
-    provenance: _Keys,
-) -> MergeResult:
+def _merge_model(job: _Job) -> MergeResult:
     """Write the first plan that keeps enough, or else the best."""
-    _say(f"re-quantizing {delta.nnz} tuned weights")
-    patches = make_patches(base, delta, config.threads)
-    kind = "keep" if baseline is None and config.type == "auto" else config.type
-    keys = provenance | _names(base, provenance["zo_gguf.run"], output)
+    config, base, delta = job.config, job.base, job.delta
+    keys = job.provenance | _names(base, job.provenance["zo_gguf.run"], job.output)
     tried: list[Candidate] = []
     best: Candidate | None = None
-    with _drafts(output) as (draft, kept):
-        for plan in plans(base, delta, patches, kind, config.max_growth):
+    with _drafts(job.output) as (draft, kept):
+        rounded = _Roundings(job)
+        kind = "keep" if job.baseline is None and config.type == "auto" else config.type
+        todo = plans(base, delta, rounded[0], kind, config.max_growth, rounded.n_ways)
+        for plan in todo:
             keys["zo_gguf.merge.types"] = plan.label
-            write_plan(base, delta, patches, plan, draft, keys)
-            candidate = _measured(config, draft, plan, baseline)
+            write_plan(base, delta, rounded[plan.rounding], plan, draft, keys)
+            candidate = _measured(job, draft, plan)
             tried.append(candidate)
             if candidate.better_than(best):
                 best = candidate
@@ -93,8 +102,8 @@ def _merge_model(
             if candidate.settles(RETENTION_GOAL):
                 break
         assert best is not None
-        os.replace(kept, output)
-    result = _result(base, output, baseline, best, tried)
+        os.replace(kept, job.output)
+    result = _result(job, best, tried)
     if config.type == "auto" and not best.settles(RETENTION_GOAL):
         note = (
             f"No file within growth {config.max_growth:g} keeps {RETENTION_GOAL:.0%} of the gain, "
@@ -104,58 +113,79 @@ def _merge_model(
     return result
 
 
-def _measured(config: MergeConfig, path: Path, plan: Plan, baseline: Baseline | None) -> Candidate:
+class _Roundings:
+    """The new bytes by each way of rounding, made when first asked for."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        _say(f"re-quantizing {job.delta.nnz} tuned weights")
+        self._plain = plain_patches(job.base, job.delta, job.config.threads)
+        kinds = {job.base.tensors[name].type for name in job.delta.tensors}
+        helps = job.baseline is not None and job.config.type in ("auto", "keep")
+        self.n_ways = len(ROUNDINGS) if helps and any(map(can_round, kinds)) else 1
+        self._inputs = self._sample() if self.n_ways > 1 else {}
+        self._made: dict[int, dict[str, Patch]] = {}
+
+    def _sample(self) -> dict[str, InputSample]:
+        job = self._job
+        assert job.baseline is not None
+        _say("recording inputs of the tuned weights")
+        rows, n_threads = job.baseline.calibration, job.config.threads
+        return sample_inputs(job.base, job.delta, rows, n_threads=n_threads)
+
+    def __getitem__(self, way: int) -> dict[str, Patch]:
+        if way not in self._made:
+            job = self._job
+            self._made[way] = rounded_patches(
+                job.base, job.delta, self._plain, self._inputs, ROUNDINGS[way], job.config.threads
+            )
+        return self._made[way]
+
+
+def _measured(job: _Job, path: Path, plan: Plan) -> Candidate:
     promoted = {name: kind.name for name, kind in plan.promoted.items()}
     candidate = Candidate(plan.label, promoted, plan.growth, path.stat().st_size)
-    if baseline is None:
+    if job.baseline is None:
         return candidate
     _say(f"measuring {plan.label} (growth {plan.growth:.2f}) in stock llama-cpp-python")
-    merged = measure_stock(path, baseline.examples, n_threads=config.threads)
-    return candidate.with_losses(merged, retention(baseline.base, baseline.tuned, merged))
+    merged = measure_stock(path, job.baseline.examples, n_threads=job.config.threads)
+    return candidate.with_losses(merged, retention(job.baseline.base, job.baseline.tuned, merged))
 
 
-def _merge_lora(
-    config: MergeConfig,
-    base: GgufFile,
-    delta: Delta,
-    output: Path,
-    baseline: Baseline | None,
-    provenance: _Keys,
-) -> MergeResult:
-    _say(f"factoring {delta.nnz} tuned weights")
-    keys = {"general.name": output.stem, **provenance}
+def _merge_lora(job: _Job) -> MergeResult:
+    base, baseline = job.base, job.baseline
+    _say(f"factoring {job.delta.nnz} tuned weights")
+    keys = {"general.name": job.output.stem, **job.provenance}
     base_bytes = base.path.stat().st_size
-    with _drafts(output) as (draft, _):
-        summary = write_lora(base, delta, draft, rank=config.rank, keys=keys)
+    with _drafts(job.output) as (draft, _):
+        summary = write_lora(base, job.delta, draft, rank=job.config.rank, keys=keys)
         growth = (base_bytes + summary.n_bytes) / base_bytes
         candidate = Candidate(f"base and LoRA of rank {summary.rank}", {}, growth, summary.n_bytes)
         if baseline is not None:
             _say("measuring the LoRA in stock llama-cpp-python")
             merged = measure_stock(
-                base.path, baseline.examples, lora=draft, n_threads=config.threads
+                base.path, baseline.examples, lora=draft, n_threads=job.config.threads
             )
             kept = retention(baseline.base, baseline.tuned, merged)
             candidate = candidate.with_losses(merged, kept)
-        os.replace(draft, output)
-    return _result(base, output, baseline, candidate, [candidate], lora=summary)
+        os.replace(draft, job.output)
+    return _result(job, candidate, [candidate], lora=summary)
 
 
 def _result(
-    base: GgufFile,
-    output: Path,
-    baseline: Baseline | None,
+    job: _Job,
     chosen: Candidate,
     tried: Iterable[Candidate],
     lora: LoraSummary | None = None,
 ) -> MergeResult:
     return MergeResult(
-        output=output,
-        model=base.path,
-        base=baseline.base.result if baseline else None,
-        tuned=baseline.tuned.result if baseline else None,
+        output=job.output,
+        model=job.base.path,
+        base=job.baseline.base.result if job.baseline else None,
+        tuned=job.baseline.tuned.result if job.baseline else None,
         chosen=chosen,
         tried=tuple(tried),
-        base_bytes=base.path.stat().st_size,
+        base_bytes=job.base.path.stat().st_size,
         lora=lora,
     )
 

@@ -4,12 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from zo_gguf.config import MergeConfig, TuneConfig, load_config
-from zo_gguf.dataset import Example, load_examples, load_train_valid
+from zo_gguf.dataset import Example, find_split, load_examples, load_train_valid
 from zo_gguf.delta import Delta
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
@@ -29,11 +30,13 @@ class Baseline:
         examples: The rows.
         base: Their losses with the base, in stock llama-cpp-python.
         tuned: Their losses with the tuned weights, by the engine's hooks.
+        calibration: Rows for `activations`: of the training data where there are some.
     """
 
     examples: Sequence[Example]
     base: Measured
     tuned: Measured
+    calibration: Sequence[Example]
 
 
 @dataclass(frozen=True)
@@ -89,36 +92,44 @@ def measure_baseline(
         return f"Nothing was measured, as {why}; give --data to see what survived."
     ctx_tokens = run.ctx_tokens if run else _CTX_TOKENS
     with Engine(base.path, mask=delta, n_threads=config.threads, ctx_tokens=ctx_tokens) as engine:
-        examples = _load(config, run, engine)
+        examples, calibration = _load(config, run, engine)
         tuned = _measure_hooked(engine, examples)
-    return Baseline(examples, measure_stock(base.path, examples, n_threads=config.threads), tuned)
+    stock = measure_stock(base.path, examples, n_threads=config.threads)
+    return Baseline(examples, stock, tuned, calibration)
 
 
-def _load(config: MergeConfig, run: TuneConfig | None, engine: Engine) -> list[Example]:
-    max_tokens = run.max_seq_length if run else None
-    train_on = run.train_on if run else "last-assistant"
-    fields = run.field if run else []
+def _load(
+    config: MergeConfig, run: TuneConfig | None, engine: Engine
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Rows to measure with, and rows to calibrate with."""
+    train: Sequence[Example] = []
+    valid: Sequence[Example] = []
+    if run is not None and os.path.exists(run.data):
+        train, valid = load_train_valid(run.data, engine, val_split=run.val_split, **_reading(run))
     if config.data is not None:
-        return load_examples(
-            config.data,
-            engine,
-            max_tokens=max_tokens,
-            train_on=train_on,
-            fields=fields,
-            split="valid",
-        )
+        examples = load_examples(config.data, engine, split="valid", **_reading(run))
+        return examples, train or _train_rows(config.data, run, engine) or examples
+    if not valid:
+        raise ZoError(f"The run {config.run!r} kept no rows for validation; give --data.")
     assert run is not None
-    _, examples = load_train_valid(
-        run.data,
-        engine,
-        val_split=run.val_split,
-        max_tokens=max_tokens,
-        train_on=train_on,
-        fields=fields,
-    )
-    if not examples:
-        raise ZoError(f"The run on {run.data!r} kept no rows for validation; give --data.")
-    return examples[: run.valid_rows or None]
+    return valid[: run.valid_rows or None], train
+
+
+def _train_rows(data: str, run: TuneConfig | None, engine: Engine) -> list[Example]:
+    if not os.path.isdir(data) or find_split(Path(data), "train") is None:
+        return []
+    return load_examples(data, engine, split="train", **_reading(run))
+
+
+def _reading(run: TuneConfig | None) -> dict[str, Any]:
+    """How the run read its rows."""
+    if run is None:
+        return {}
+    return {
+        "max_tokens": run.max_seq_length,
+        "train_on": run.train_on,
+        "fields": run.field,
+    }
 
 
 def _measure_hooked(engine: Engine, examples: Sequence[Example]) -> Measured:

@@ -18,7 +18,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.ggml_quant import quantize_blocks
 from zo_gguf.gguf_file import GgufFile, TensorInfo
 from zo_gguf.gguf_write import NewTensor, Value, copy_gguf
-from zo_gguf.requantize import TUNED_WEIGHT, Patch, requantize
+from zo_gguf.requantize import TUNED_WEIGHT, Patch
 
 _FLOATS = (Type.F16, Type.F32, Type.BF16, Type.F64)
 _ROWS = 1 << 20  # weights per piece when a whole tensor is written anew
@@ -33,36 +33,20 @@ class Plan:
         promoted: Tuned tensors that get a finer type; all others keep theirs.
         n_bytes: Tensor data of the whole file.
         growth: n_bytes over the base's.
+        rounding: Which of `merge_patches.ROUNDINGS` the tensors that keep their type take.
     """
 
     label: str
     promoted: Mapping[str, Type]
     n_bytes: int
     growth: float
+    rounding: int = 0
 
 
-def make_patches(base: GgufFile, delta: Delta, n_threads: int | None) -> dict[str, Patch]:
-    """For every tuned tensor, the new bytes of its touched blocks within its own type.
-
-    Raises:
-        ZoError: A tensor's type can neither be searched nor quantized to.
-    """
-    return {
-        name: requantize(
-            base.raw(name),
-            base.tensors[name].type,
-            delta.tensors[name],
-            delta.theta[part],
-            n_threads=n_threads,
-        )
-        for name, part in delta.slices().items()
-    }
-
-
-def plan_keep(base: GgufFile) -> Plan:
+def plan_keep(base: GgufFile, rounding: int = 0) -> Plan:
     """Same types, same size."""
-    total = _data_bytes(base, {})
-    return Plan("same types", {}, total, 1.0)
+    label = "same types" if rounding == 0 else f"same types, rounding {rounding + 1}"
+    return Plan(label, {}, _data_bytes(base, {}), 1.0, rounding)
 
 
 def plan_all(base: GgufFile, delta: Delta, target: Type) -> Plan:
@@ -81,8 +65,7 @@ def plan_some(
     """As many promotions of `everything` as `max_growth` allows, those that gain most per byte."""
     gain_per_byte = {}
     for name, kind in everything.promoted.items():
-        patch = patches[name]
-        error = TUNED_WEIGHT * patch.tuned_error + patch.other_error
+        error = _error(patches[name])
         extra = _bytes_at(base.tensors[name], kind) - base.tensors[name].n_bytes
         gain_per_byte[name] = error / max(extra, 1)
     limit = max_growth * _data_bytes(base, {})
@@ -95,23 +78,35 @@ def plan_some(
     return _plan(base, f"{len(chosen)} of {len(patches)} tuned tensors at {kinds}", chosen)
 
 
+def _error(patch: Patch) -> float:
+    if patch.output_error is not None:
+        return patch.output_error
+    return TUNED_WEIGHT * patch.tuned_error + patch.other_error
+
+
 def plans(
-    base: GgufFile, delta: Delta, patches: Mapping[str, Patch], kind: str, max_growth: float
+    base: GgufFile,
+    delta: Delta,
+    patches: Mapping[str, Patch],
+    kind: str,
+    max_growth: float,
+    n_roundings: int,
 ) -> list[Plan]:
     """Possible outputs, smallest first.
 
     Args:
         base: The file that was tuned.
         delta: What was learned.
-        patches: From `make_patches`.
+        patches: New bytes of the tensors that keep their type.
         kind: "keep", "q8_0" or "f16" for that one, "auto" for all within `max_growth`.
         max_growth: Only limits "auto".
+        n_roundings: Ways of rounding that may be tried.
     """
-    if kind == "keep":
-        return [plan_keep(base)]
-    if kind != "auto":
+    if kind in ("q8_0", "f16"):
         return [plan_all(base, delta, Type[kind.upper()])]
-    result = [plan_keep(base)]
+    result = [plan_keep(base, rounding) for rounding in range(n_roundings)]
+    if kind == "keep":
+        return result
     for target in (Type.Q8_0, Type.F16):
         everything = plan_all(base, delta, target)
         if everything.growth > max_growth:

@@ -92,40 +92,8 @@ class Adam:
         theta -= step
 
 
-class AdamMini:
-    """Adam with one second moment for all entries (Adam-mini, arXiv 2406.16793, as one block).
-
-    A projected gradient says how steep the loss is along z, not along an entry: E[(g z_i)^2] is
-    |grad|^2 + 2 grad_i^2, nearly the same for all i, so that Adam's second moments hold noise and
-    cost memory. Without bias correction of m, the first steps, whose direction is pure chance, are
-    short.
-    """
-
-    beta1 = 0.9
-    beta2 = 0.99
-    floor = 1e-8
-
-    def __init__(self, nnz: int) -> None:
-        self.state: dict[str, NDArray[np.floating]] = {
-            "m": np.zeros(nnz, np.float32),
-            "v": np.zeros(2, np.float64),  # mean of squared gradients, and the weight it has
-        }
-
-    def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
-        """Change theta, (nnz,), in place."""
-        m, v = self.state["m"], self.state["v"]
-        # Summed in f64 by one thread in index order; numpy's pairwise sum is fixed too.
-        square = float(np.square(gradient, dtype=np.float64).mean())
-        v *= self.beta2
-        v += (1 - self.beta2) * square, 1 - self.beta2
-        m *= np.float32(self.beta1)
-        m += np.float32(1 - self.beta1) * gradient
-        theta -= np.float32(lr / (np.sqrt(v[0] / v[1]) + self.floor)) * m
-
-
 OPTIMIZERS: dict[str, Callable[[int], Optimizer]] = {
     "adam": Adam,
-    "adam-mini": AdamMini,
     "momentum": Momentum,
     "sgd": Sgd,
 }

@@ -31,8 +31,8 @@ class Progress:
             file=sys.stderr,
         )
         self._smooth: dict[str, float] = {}
-        self._started = self._last_step = self._last_line = time.monotonic()
-        self._first = step
+        self._last_step = self._last_line = time.monotonic()
+        self._first, self._spent = step, 0.0  # seconds in steps, without validations
 
     def __enter__(self) -> "Progress":
         return self
@@ -49,6 +49,7 @@ class Progress:
         """Show a step and append its metrics."""
         now = time.monotonic()
         seconds, self._last_step = now - self._last_step, now
+        self._spent += seconds
         values = {"loss": record.loss, "tok/s": scores.n_tokens / max(seconds, 1e-9)}
         if not np.isnan(scores.correct).all():
             values["accuracy"] = float(np.nanmean(scores.correct))
@@ -71,7 +72,7 @@ class Progress:
         self._bar.update(1)
         if self._bar.disable and now - self._last_line > _LINE_EVERY:
             self._last_line = now
-            left = (now - self._started) / (record.step - self._first) * (self._iters - record.step)
+            left = self._spent / (record.step - self._first) * (self._iters - record.step)
             shown = "  ".join(f"{name} {value}" for name, value in text.items())
             self._say(f"step {record.step}/{self._iters}  {shown}  {left / 60:.0f} min left")
 

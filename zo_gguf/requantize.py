@@ -42,12 +42,16 @@ class Patch:
         blocks: uint8 (n, block_bytes).
         tuned_error: Sum of squared errors of the tuned entries against dequantized + theta.
         other_error: Sum of squared changes of all other entries.
+        output_error: Sum over rows of the mean squared change of the output that the errors make,
+            None where no inputs are known. Where it is known, the other two are from before codes
+            were chosen by it.
     """
 
     ids: NDArray[np.int64]
     blocks: U8
     tuned_error: float
     other_error: float
+    output_error: float | None = None
 
     def apply(self, raw: U8) -> U8:
         """A copy of the tensor's bytes `raw` with the new blocks in place."""

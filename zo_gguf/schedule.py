@@ -4,7 +4,7 @@ import math
 
 from zo_gguf.config import TuneConfig
 
-_LAST = 0.0  # share of the learning rate left at the end of linear and cosine schedules
+_LAST = 0.1  # share of the learning rate left at the end of linear and cosine schedules
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

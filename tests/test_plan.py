@@ -1,0 +1,59 @@
+"""`plan`: numbers that add up, nothing written, and a refusal of what cannot fit."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from zo_gguf.cli import main
+from zo_gguf.config import TuneConfig
+from zo_gguf.errors import DoesNotFitError
+from zo_gguf.plan import BYTES_PER_ENTRY, plan
+
+
+def config(tiny_export: SimpleNamespace, task_dir: Path, run: Path) -> TuneConfig:
+    return TuneConfig(
+        model=str(tiny_export.model("Q4_0")), data=str(task_dir), output=str(run), threads=1
+    )
+
+
+def test_parts_add_up_and_nothing_is_written(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    result = plan(config(tiny_export, task_dir, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    parts = result.weights + result.engine + result.trainable + result.optimizer
+    assert result.total == parts
+    assert result.trainable == BYTES_PER_ENTRY * 6256
+    assert result.optimizer == pytest.approx(8 * 6256, abs=64)  # adam
+    assert result.seconds > 2000 * result.seconds_per_step
+    assert result.tokens_per_step > 2 * 16
+    table = result.render()
+    assert "not used (-ngl 0)" in table
+    assert json.loads(result.render(True))["disk"] == result.disk
+
+
+def test_too_large_a_model_is_refused(
+    tiny_export: SimpleNamespace,
+    task_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = SimpleNamespace(available=1 << 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(DoesNotFitError, match="smaller quantization"):
+        plan(config(tiny_export, task_dir, tmp_path / "run"))
+    flags = ["-m", str(tiny_export.model("Q4_0")), "--data", str(task_dir), "--dry-run"]
+    assert main(["tune", *flags]) == 3
+    assert "smaller quantization" in capsys.readouterr().err
+
+
+def test_too_small_a_disk_is_refused(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DoesNotFitError, match="of disk"):
+        plan(config(tiny_export, task_dir, tmp_path / "run"))
