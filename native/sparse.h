@@ -23,7 +23,7 @@ struct columns {
     }
 };
 
-// Scratch that a hook keeps between calls: one tile of gathered inputs per thread.
+// Scratch that a hook keeps between calls: one tile of inputs and outputs per thread.
 using sparse_scratch = std::vector<std::vector<float>>;
 
 // y[:, first .. end) += S * x[:, first .. end), S being `weight` with the given entry values. Each

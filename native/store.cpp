@@ -69,27 +69,58 @@ static void noise_range(uint64_t seed, uint32_t tensor, int64_t first, int64_t n
     }
 }
 
+// Places for all i with used[i]; on return used[i] is the place of i, or -1.
+static lanes arrange(std::vector<int32_t> & used) {
+    constexpr int32_t    block  = lanes::block;
+    constexpr int        enough = 3;  // a block costs about as much as this many single places
+    lanes                result;
+    std::vector<int32_t> singles;
+    const int32_t        n = (int32_t) used.size();
+    for (int32_t first = 0; first < n; first += block) {
+        const int32_t end   = std::min(n, first + block);
+        const int     count = (int) std::count(used.begin() + first, used.begin() + end, 1);
+        const bool    whole = end - first == block && count >= enough;
+        for (int32_t i = first; i < end; ++i) {
+            if (whole) {
+                result.index.push_back(i);
+            } else if (used[(size_t) i] != 0) {
+                singles.push_back(i);
+            }
+        }
+    }
+    result.n_blocked = result.size();
+    result.index.insert(result.index.end(), singles.begin(), singles.end());
+    result.index.shrink_to_fit();
+    std::fill(used.begin(), used.end(), -1);
+    for (int64_t place = 0; place < result.size(); ++place) {
+        used[(size_t) result.index[(size_t) place]] = (int32_t) place;
+    }
+    return result;
+}
+
 static zo_status build_weight(sparse_weight & w, int64_t nnz, const int64_t * indices) {
-    int64_t previous = -1;
+    std::vector<int32_t> row_place((size_t) w.n_rows), col_place((size_t) w.n_cols);
+    int64_t              previous = -1;
     for (int64_t i = 0; i < nnz; ++i) {
         if (indices[i] <= previous || indices[i] >= w.n_rows * w.n_cols) {
             return fail(ZO_ARGUMENT, "indices of " + w.name + " are not sorted, unique and in range");
         }
-        previous          = indices[i];
-        const int32_t row = (int32_t) (indices[i] / w.n_cols);
-        if (w.rows.empty() || w.rows.back() != row) {
-            w.rows.push_back(row);
-            w.row_ptr.push_back((int32_t) i);
-        }
-        w.col.push_back((int32_t) (indices[i] % w.n_cols));
+        previous                                    = indices[i];
+        row_place[(size_t) (indices[i] / w.n_cols)] = 1;
+        col_place[(size_t) (indices[i] % w.n_cols)] = 1;
     }
-    w.row_ptr.push_back((int32_t) nnz);
-    w.cols = w.col;
-    std::sort(w.cols.begin(), w.cols.end());
-    w.cols.erase(std::unique(w.cols.begin(), w.cols.end()), w.cols.end());
-    w.cols.shrink_to_fit();
-    for (int32_t & col : w.col) {
-        col = (int32_t) (std::lower_bound(w.cols.begin(), w.cols.end(), col) - w.cols.begin());
+    w.rows = arrange(row_place);
+    w.cols = arrange(col_place);
+    w.row_first.assign((size_t) w.rows.size(), 0);
+    w.row_end.assign((size_t) w.rows.size(), 0);
+    w.col.resize((size_t) nnz);
+    for (int64_t i = 0; i < nnz; ++i) {
+        const size_t row = (size_t) row_place[(size_t) (indices[i] / w.n_cols)];
+        if (w.row_end[row] == 0) {
+            w.row_first[row] = (int32_t) i;
+        }
+        w.row_end[row]    = (int32_t) i + 1;
+        w.col[(size_t) i] = col_place[(size_t) (indices[i] % w.n_cols)];
     }
     return ZO_OK;
 }
@@ -182,12 +213,11 @@ zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int6
             return fail(ZO_ARGUMENT, std::string(name) + " was added before");
         }
         zo::sparse_weight w;
-        w.name   = name;
-        w.n_rows = n_rows;
-        w.n_cols = n_cols;
-        w.offset = (int64_t) store->theta.size();
-        w.id     = (uint32_t) store->weights.size();
-        w.col.reserve((size_t) nnz);
+        w.name                 = name;
+        w.n_rows               = n_rows;
+        w.n_cols               = n_cols;
+        w.offset               = (int64_t) store->theta.size();
+        w.id                   = (uint32_t) store->weights.size();
         const zo_status status = zo::build_weight(w, nnz, indices);
         if (status != ZO_OK) {
             return status;

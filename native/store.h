@@ -12,18 +12,27 @@
 
 namespace zo {
 
-// The entries of one weight in compressed rows. Columns are numbered by their rank among the columns
-// that hold any entry, so that a kernel gathers each of them once.
+// Rows or columns of a weight in the order in which a kernel visits them: first whole blocks of
+// consecutive ones, wherever most of a block holds entries, then single ones.
+struct lanes {
+    static constexpr int32_t block = 8;
+
+    std::vector<int32_t> index;          // row or column of each place
+    int64_t              n_blocked = 0;  // places that belong to blocks, a multiple of `block`
+
+    int64_t size() const { return (int64_t) index.size(); }
+};
+
+// The entries of one weight. Each belongs to one place of `rows`, and names one of `cols`.
 struct sparse_weight {
     std::string          name;
     int64_t              n_rows = 0;
     int64_t              n_cols = 0;
     int64_t              offset = 0;  // of the first entry in theta
     uint32_t             id     = 0;  // the noise's tensor number
-    std::vector<int32_t> rows;        // rows that hold entries, ascending
-    std::vector<int32_t> row_ptr;     // [rows + 1] first entry of each
-    std::vector<int32_t> cols;        // columns that hold entries, ascending
-    std::vector<int32_t> col;         // [nnz] position in cols
+    lanes                rows, cols;
+    std::vector<int32_t> row_first, row_end;  // [rows] its entries; none in the gaps of blocks
+    std::vector<int32_t> col;                 // [nnz] place in cols
 
     int64_t nnz() const { return (int64_t) col.size(); }
 };

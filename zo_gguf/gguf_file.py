@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gguf
 import numpy as np
@@ -162,15 +162,24 @@ class GgufFile:
 
     @cached_property
     def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        whole = memoryview(self._map)
+        # Read, not mapped: mapped pages would count as this process's memory beside the engine's.
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_CHUNK))
+        with open(self.path, "rb", buffering=0) as file:
+            self._update(digest, file, buffer)
+        return digest.hexdigest()
+
+    def _update(self, digest: Any, file: IO[bytes], buffer: memoryview) -> None:
         for info in self.tensors.values():
             shape = "x".join(str(size) for size in info.shape)
             digest.update(f"{info.name}\n{shape}\n{info.type.name}\n{info.n_bytes}\n".encode())
-            for start in range(info.offset, info.offset + info.n_bytes, _HASH_CHUNK):
-                end = min(start + _HASH_CHUNK, info.offset + info.n_bytes)
-                digest.update(whole[start:end])
-        return digest.hexdigest()
+            file.seek(info.offset)
+            left = info.n_bytes
+            while left:
+                n_read = file.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
+                if not n_read:
+                    raise ZoError(f"{str(self.path)!r} shrank while it was read; copy it again.")
+                digest.update(buffer[:n_read])
+                left -= n_read
 
     @cached_property
     def reader(self) -> gguf.GGUFReader:
