@@ -27,8 +27,8 @@ F32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 Positions = NDArray[np.intp]
 
-MAX_SAMPLES = 2048  # tokens recorded
-_MAX_ROWS = 64
+MAX_SAMPLES = 4096  # tokens recorded
+_MAX_ROWS = 128
 _F32 = 0  # ggml_type
 
 
@@ -154,15 +154,17 @@ class _Recorder:
 def sample_inputs(
     base: GgufFile,
     delta: Delta,
+    names: Sequence[str],
     examples: Sequence[Example],
     *,
     n_threads: int | None = None,
 ) -> dict[str, InputSample]:
-    """Record inputs of the tuned matrices, in the tuned model.
+    """Record inputs of tuned matrices, in the tuned model.
 
     Args:
         base: The GGUF that was tuned.
         delta: What was learned.
+        names: Which of its matrices.
         examples: Rows to read; the first few are enough.
         n_threads: CPU threads.
 
@@ -175,7 +177,7 @@ def sample_inputs(
     rows = list(examples[:_MAX_ROWS])
     longest = max(len(example.tokens) for example in rows)
     n_kept = max(8, MAX_SAMPLES // len(rows))
-    with _tuned_context(base, delta, longest, n_threads) as (context, recorder):
+    with _tuned_context(base, delta, names, longest, n_threads) as (context, recorder):
         for example in rows:
             flags = np.array([*example.target_mask[1:], False])
             flags[-1] |= not flags.any()  # llama.cpp wants an output
@@ -207,7 +209,7 @@ def _evenly(n: int, n_kept: int) -> Positions:
 
 @contextmanager
 def _tuned_context(
-    base: GgufFile, delta: Delta, n_tokens: int, n_threads: int | None
+    base: GgufFile, delta: Delta, names: Sequence[str], n_tokens: int, n_threads: int | None
 ) -> Iterator[tuple[Any, _Recorder]]:
     n_threads = n_threads or default_threads()
     library = native_library()
@@ -218,7 +220,7 @@ def _tuned_context(
         stack.callback(store.free)
         hook = Hook(library, store, n_threads, False)
         stack.callback(hook.free)
-        recorder = _Recorder(delta.tensors, hook, library)
+        recorder = _Recorder(names, hook, library)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = n_tokens
         params.n_threads = params.n_threads_batch = n_threads

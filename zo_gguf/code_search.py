@@ -9,6 +9,7 @@ improves. Steps and offsets stay, and so do all blocks that were not touched.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,10 @@ U8 = NDArray[np.uint8]
 
 _SWEEPS = 6
 _WIDE = 512  # columns; rows with more share their moments, if they touch the same blocks
-_LARGEST_INVERSE = 4096  # columns; beyond, only coordinate descent
+_LARGEST_FACTOR = 4096  # columns; beyond, only coordinate descent
+_LITTLE_WORK = 1 << 27  # of m^3 multiplications; up to here matrices are factored together
 _WORKING_SET = 1 << 22  # numbers held at once
+_TINY = 1e-15  # changes of the loss below this are rounding
 
 
 def choose_codes(
@@ -112,6 +115,15 @@ class _Codes:
         )
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """Step, its inverse and offset of every free weight, (n_rows, m)."""
+
+    step: F64
+    inverse: F64
+    offset: F64
+
+
 class _Rows:
     """Some rows with m free weights each, ordered by falling mean square of their inputs."""
 
@@ -123,18 +135,23 @@ class _Rows:
         columns = (column[..., None] * layout.block + np.arange(layout.block)).reshape(n_rows, -1)
         shared = columns.shape[1] > _WIDE  # then the columns are the same in all rows
         used = columns[:1] if shared else columns
-        self.order = np.argsort(-moments[used, used], axis=1, kind="stable")  # (n_rows or 1, m)
-        used = np.take_along_axis(used, self.order, axis=1)
+        order = np.argsort(-moments[used, used], axis=1, kind="stable")
+        used = np.take_along_axis(used, order, axis=1)
+        self.order = np.broadcast_to(order, columns.shape)  # (n_rows, m)
         self.plain_moments = moments[used[:, :, None], used[:, None, :]]  # (n_rows or 1, m, m)
-        diagonal = np.einsum("rii->ri", self.plain_moments)
-        level = ridge * np.maximum(diagonal.mean(axis=1), 1e-30)
+        level = ridge * np.maximum(
+            np.einsum("rii->r", self.plain_moments) / columns.shape[1], 1e-30
+        )
         self.moments = self.plain_moments + level[:, None, None] * np.eye(columns.shape[1])
-        self.target = self._ordered(target.reshape(n_rows, -1).astype(np.float64))
-        self.middles = (layout.levels[1:] + layout.levels[:-1]) / 2
+        self.target = self._ordered(target)
+        self.uniform = layout.uniform
+        self.levels = layout.levels.astype(np.float64)
+        self.middles = (self.levels[1:] + self.levels[:-1]) / 2
 
-    def _ordered(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
-        order = np.broadcast_to(self.order, values.shape)
-        return np.take_along_axis(values, order, axis=1)
+    def _ordered(self, values: NDArray[Any]) -> F64:
+        """One value per weight of the blocks, (n_rows, m), in the rows' column order."""
+        flat = values.reshape(self.order.shape).astype(np.float64)
+        return np.asarray(np.take_along_axis(flat, self.order, axis=1))
 
     def loss(self, error: F64, moments: F64) -> F64:
         """e H e, (n_rows,)."""
@@ -143,71 +160,76 @@ class _Rows:
 
     def candidates(self, blocks: BlockCodes) -> Iterator[_Codes]:
         """The blocks' own codes and those of the sequential pass, both improved."""
-        layout, n_rows = self.layout, len(self.target)
-        step = np.repeat(blocks.step, layout.group, axis=1).reshape(n_rows, -1)
-        offset = np.repeat(blocks.offset, layout.group, axis=1).reshape(n_rows, -1)
-        scale = _Scale(self._ordered(step), self._ordered(offset))
-        own = self._ordered(blocks.codes.reshape(n_rows, -1))
-        starts = [own]
-        if own.shape[1] <= _LARGEST_INVERSE:
+        group = self.layout.group
+        step = self._ordered(np.repeat(blocks.step, group, axis=1))
+        offset = self._ordered(np.repeat(blocks.offset, group, axis=1))
+        scale = _Scale(step, 1 / np.where(step == 0, 1, step), offset)
+        starts = [self._ordered(self.layout.levels[blocks.codes])]
+        if step.shape[1] <= _LARGEST_FACTOR:
             starts.append(self._sequential(scale))
-        for codes in starts:
-            error = self._descend(scale, codes)
-            flat = np.empty_like(codes)
-            order = np.broadcast_to(self.order, codes.shape)
-            np.put_along_axis(flat, order, codes, axis=1)
-            blocks.codes = flat.reshape(blocks.codes.shape)
+        for levels in starts:
+            error = self._descend(scale, levels)
+            unordered = np.empty_like(levels)
+            np.put_along_axis(unordered, self.order, levels, axis=1)
+            codes = np.searchsorted(self.levels, unordered)
+            blocks.codes = codes.reshape(blocks.codes.shape).astype(np.int64)
             yield _Codes(blocks.pack(), error, self.loss(error, self.moments))
 
-    def _sequential(self, scale: "_Scale") -> I64:
+    def _sequential(self, scale: _Scale) -> F64:
         """GPTQ: quantize a column, let the columns to come make up for its error."""
-        factor = np.linalg.cholesky(np.linalg.inv(self.moments)).swapaxes(1, 2)  # upper
-        wanted = self.target.copy()
-        codes = np.empty(wanted.shape, dtype=np.int64)
-        for j in range(wanted.shape[1]):
-            codes[:, j] = self._nearest(wanted[:, j], scale, j)
-            miss = (wanted[:, j] - self._value(codes[:, j], scale, j)) / factor[:, j, j]
-            wanted[:, j + 1 :] -= miss[:, None] * factor[:, j, j + 1 :]
-        return codes
+        factor = _upper_factor(self.moments)
+        # e H e is the sum over k of (sum over i <= k of e_i R_ik)^2: each column can make its own
+        # term as small as its levels allow.
+        levels = np.empty_like(self.target)
+        carried = np.zeros_like(self.target)
+        for j in range(levels.shape[1]):
+            wanted = self.target[:, j] - carried[:, j] / factor[:, j, j]
+            levels[:, j] = self._nearest(wanted, scale, j)
+            error = scale.step[:, j] * levels[:, j] - scale.offset[:, j] - self.target[:, j]
+            carried[:, j + 1 :] += error[:, None] * factor[:, j, j + 1 :]
+        return levels
 
-    def _descend(self, scale: "_Scale", codes: I64) -> F64:
-        """Change single codes of each row, in place, while that helps; returns the errors."""
-        values = [self._value(codes[:, j], scale, j) for j in range(codes.shape[1])]
-        error = np.stack(values, axis=1) - self.target
+    def _descend(self, scale: _Scale, levels: F64) -> F64:
+        """Change single levels of each row, in place, while that helps; returns the errors."""
+        error = scale.step * levels - scale.offset - self.target
         for _ in range(_SWEEPS):
             slope = (error[:, None, :] @ self.moments)[:, 0]  # half the gradient
-            n_changed = 0
-            for j in range(codes.shape[1]):
+            any_changed = False
+            for j in range(levels.shape[1]):
                 curvature = self.moments[:, j, j]
                 value = self.target[:, j] + error[:, j]
-                code = self._nearest(value - slope[:, j] / curvature, scale, j)
-                change = self._value(code, scale, j) - value
-                helps = change * (2 * slope[:, j] + change * curvature) < -1e-15
+                level = self._nearest(value - slope[:, j] / curvature, scale, j)
+                change = scale.step[:, j] * (level - levels[:, j])
+                helps = change * (2 * slope[:, j] + change * curvature) < -_TINY
                 if helps.any():
-                    n_changed += int(helps.sum())
+                    any_changed = True
                     change = np.where(helps, change, 0)
-                    codes[helps, j] = code[helps]
+                    levels[helps, j] = level[helps]
                     error[:, j] += change
                     slope += change[:, None] * self.moments[:, j]
-            if not n_changed:
+            if not any_changed:
                 break
         return error
 
-    def _nearest(self, wanted: F64, scale: "_Scale", j: int) -> I64:
-        step = scale.step[:, j]
-        scaled = (wanted + scale.offset[:, j]) / np.where(step == 0, 1, step)
-        if self.layout.uniform:
-            ranks = np.rint(scaled - self.layout.levels[0])
-            return np.asarray(np.clip(ranks, 0, len(self.layout.levels) - 1), dtype=np.int64)
-        return np.asarray(np.searchsorted(self.middles, scaled), dtype=np.int64)
-
-    def _value(self, codes: I64, scale: "_Scale", j: int) -> F64:
-        return np.asarray(scale.step[:, j] * self.layout.levels[codes] - scale.offset[:, j])
+    def _nearest(self, wanted: F64, scale: _Scale, j: int) -> F64:
+        """The level whose value is nearest to what is wanted in column j, (n_rows,)."""
+        scaled = (wanted + scale.offset[:, j]) * scale.inverse[:, j]
+        if self.uniform:
+            rounded = np.rint(scaled)
+            return np.asarray(np.minimum(np.maximum(rounded, self.levels[0]), self.levels[-1]))
+        return np.asarray(self.levels[np.searchsorted(self.middles, scaled)])
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Step and offset of every free weight, (n_rows, m)."""
-
-    step: F64
-    offset: F64
+def _upper_factor(moments: F64) -> F64:
+    """Upper triangular R with R R^T = H, for each of the matrices (k, m, m)."""
+    reverse = moments[:, ::-1, ::-1]
+    if moments.size * moments.shape[1] > _LITTLE_WORK:
+        return np.asarray(np.linalg.cholesky(reverse)[:, ::-1, ::-1])
+    # All matrices at once: LAPACK takes them one by one, and its threads cost more than they give.
+    rest = reverse.copy()
+    lower = np.zeros_like(rest)
+    for j in range(rest.shape[1]):
+        column = rest[:, j:, j] / np.sqrt(rest[:, j, j])[:, None]
+        lower[:, j:, j] = column
+        rest[:, j:, j:] -= column[:, :, None] * column[:, None, :]
+    return lower[:, ::-1, ::-1]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zo_gguf
-from zo_gguf.activations import InputSample, sample_inputs
 from zo_gguf.config import MergeConfig
 from zo_gguf.delta import Delta
 from zo_gguf.files import atomic_write
@@ -123,21 +122,16 @@ class _Roundings:
         kinds = {job.base.tensors[name].type for name in job.delta.tensors}
         helps = job.baseline is not None and job.config.type in ("auto", "keep")
         self.n_ways = len(ROUNDINGS) if helps and any(map(can_round, kinds)) else 1
-        self._inputs = self._sample() if self.n_ways > 1 else {}
         self._made: dict[int, dict[str, Patch]] = {}
 
-    def _sample(self) -> dict[str, InputSample]:
-        job = self._job
-        assert job.baseline is not None
-        _say("recording inputs of the tuned weights")
-        rows, n_threads = job.baseline.calibration, job.config.threads
-        return sample_inputs(job.base, job.delta, rows, n_threads=n_threads)
-
     def __getitem__(self, way: int) -> dict[str, Patch]:
+        if self.n_ways == 1 or self._job.baseline is None:
+            return self._plain
         if way not in self._made:
-            job = self._job
+            job, rows = self._job, self._job.baseline.calibration
+            _say("choosing codes by the inputs of the tuned weights")
             self._made[way] = rounded_patches(
-                job.base, job.delta, self._plain, self._inputs, ROUNDINGS[way], job.config.threads
+                job.base, job.delta, self._plain, rows, ROUNDINGS[way], job.config.threads
             )
         return self._made[way]
 

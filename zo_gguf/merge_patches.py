@@ -5,20 +5,22 @@ remaining errors cancel in the outputs. The ways differ little on average, but e
 of its own, whose effect on the loss only measuring tells; so merge may try more than one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from zo_gguf.activations import InputSample
+from zo_gguf.activations import MAX_SAMPLES, InputSample, sample_inputs
 from zo_gguf.code_search import choose_codes
+from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
 from zo_gguf.gguf_file import GgufFile, dequantize_rows
 from zo_gguf.quant_layout import layout_of
 from zo_gguf.requantize import TUNED_WEIGHT, Patch, block_of, requantize
 
+_MAX_BYTES = 1 << 30  # of inputs in memory
 _MAX_LEVELS = 64  # finer types have no error worth a search
 
 
@@ -40,8 +42,8 @@ class Rounding:
 # Measured on tiny-llama at Q4_0 and Q4_K_M: see tools/LOG.md.
 ROUNDINGS = (
     Rounding((TUNED_WEIGHT,), ridge=0.1, counted_share=0.3),
+    Rounding((1.5, 5.0, 30.0, 300.0), ridge=0.03, counted_share=0.3),
     Rounding((3.0, TUNED_WEIGHT), ridge=0.1, counted_share=0.5),
-    Rounding((3.0, TUNED_WEIGHT), ridge=0.03, counted_share=0.3),
 )
 
 
@@ -58,26 +60,46 @@ def rounded_patches(
     base: GgufFile,
     delta: Delta,
     plain: Mapping[str, Patch],
-    inputs: Mapping[str, InputSample],
+    examples: Sequence[Example],
     rounding: Rounding,
     n_threads: int | None,
 ) -> dict[str, Patch]:
-    """The same blocks with codes that suit the inputs.
+    """The same blocks with codes that suit the tuned model's inputs on some rows.
 
     Args:
         base: The GGUF that was tuned.
         delta: What was learned.
         plain: From `plain_patches`; kept where the inputs are not known or the type is fine enough.
-        inputs: Samples by tensor.
+        examples: The rows.
         rounding: How.
         n_threads: Worker threads.
     """
-    return {
-        name: _round(base, delta, name, plain[name], inputs[name], rounding, n_threads)
-        if name in inputs
-        else plain[name]
-        for name in delta.tensors
-    }
+    result = dict(plain)
+    for names in _portions(base, delta):
+        inputs = sample_inputs(base, delta, names, examples, n_threads=n_threads)
+        for name in names:
+            if name in inputs:
+                result[name] = _round(
+                    base, delta, name, plain[name], inputs[name], rounding, n_threads
+                )
+    return result
+
+
+def _portions(base: GgufFile, delta: Delta) -> Iterator[list[str]]:
+    """Tensors whose inputs are in memory together."""
+    portion: list[str] = []
+    n_bytes = 0
+    for name in delta.tensors:
+        if not can_round(base.tensors[name].type):
+            continue
+        size = 4 * MAX_SAMPLES * delta.shapes[name][1]
+        if portion and n_bytes + size > _MAX_BYTES:
+            yield portion
+            portion, n_bytes = [], 0
+        portion.append(name)
+        n_bytes += size
+    if portion:
+        yield portion
 
 
 def can_round(kind: GGMLQuantizationType) -> bool:
@@ -110,8 +132,7 @@ def _round(
     n_threads: int | None,
 ) -> Patch:
     layout = layout_of(base.tensors[name].type)
-    if layout is None or not can_round(base.tensors[name].type):
-        return plain
+    assert layout is not None
     starts = [
         plain if weight == TUNED_WEIGHT else _requantize(base, delta, name, weight, n_threads)
         for weight in rounding.tuned_weights
