@@ -64,7 +64,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         ([*TUNE, "--dry-run"], "plan:plan", {"output": "run"}),
         (["plan", "-m", "x", "--data", "d"], "plan:plan", {"data": "d"}),
         (["tune", "--dry-run", "-m", "x", "--data", "d"], "plan:plan", {"data": "d"}),
-        (["replay", "RUN"], "run:replay", {"run": "RUN", "output": None}),
+        (["replay", "RUN"], "replay:replay", {"run": "RUN", "output": None}),
         (["eval", "-m", "x", "--data", "d"], "evaluate:evaluate", {"delta": None}),
         (["merge", "RUN", "-o", "y", "--type", "keep"], "merge:merge", {"lora": False}),
         (["merge", "RUN", "--lora", "y", "--rank", "4"], "merge:merge", {"lora": True, "rank": 4}),

@@ -76,8 +76,7 @@ def test_run_directory_is_complete(finished: Path) -> None:
     best = min((line for line in lines if "valid_loss" in line), key=lambda x: x["valid_loss"])
     assert Delta.load(finished).header.provenance["step"] == best["step"]
     hashes = json.loads((finished / "env.json").read_text())["sha256"]
-    assert all(len(value) == 64 for value in hashes.values())
-    assert any(name.endswith(".gguf") for name in hashes)
+    assert {len(value) for value in hashes.values()} == {64}
 
 
 def test_theta_moved_as_the_trajectory_says(finished: Path, tiny_export: SimpleNamespace) -> None:
@@ -86,8 +85,7 @@ def test_theta_moved_as_the_trajectory_says(finished: Path, tiny_export: SimpleN
     from zo_gguf.trajectory import Trajectory
 
     mask = Mask.load(tiny_export.mask("Q4_0"))
-    theta = mask.theta0().astype(np.float64)
-    m, v = np.zeros_like(theta), np.zeros_like(theta)
+    theta, m, v = mask.theta0().astype(np.float64), 0.0, 0.0
     with Engine(tiny_export.model("Q4_0"), mask=mask) as engine:
         for record in Trajectory.load(finished / "trajectory.bin").records():
             g = np.mean(
@@ -296,7 +294,7 @@ class TestBadInput:
     def test_loss_that_explodes(
         self, tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
     ) -> None:
-        options = arguments(tiny_export, task_dir, tmp_path / "r", learning_rate=1e30, patience=0)
+        options = arguments(tiny_export, task_dir, tmp_path / "r", learning_rate=3e38)
         with pytest.raises(ZoError, match="--learning-rate"):
             tune_module.tune(TuneConfig(**options))
         assert Delta.load(tmp_path / "r" / "checkpoints" / "best.safetensors")

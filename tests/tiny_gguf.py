@@ -118,3 +118,8 @@ def random_delta(
         shapes[name] = (n_rows, n_cols)
     header = DeltaHeader(base.path.name, base.sha256(), provenance={"step": 3, "seed": seed})
     return Delta(tensors, shapes, np.concatenate(thetas), header)
+
+
+def key_bytes(file: GgufFile, key: str) -> bytes:
+    entry = file.header.keys[key]
+    return file.data[entry.key_start : entry.end].tobytes()

@@ -54,7 +54,7 @@ def choose_codes(
         The blocks' bytes, and the sum over rows of E[(e . x)^2], without the ridge.
     """
     row, column = np.divmod(ids, inputs.shape[1] // layout.block)
-    moments = (inputs.T @ inputs).astype(np.float64)  # (n_cols, n_cols)
+    moments = inputs.T @ inputs  # (n_cols, n_cols)
     result = np.empty_like(starts[0])
     output_error = 0.0
     for members in _batches(row, column, layout.block):
@@ -128,7 +128,7 @@ class _Rows:
     """Some rows with m free weights each, ordered by falling mean square of their inputs."""
 
     def __init__(
-        self, layout: Layout, column: I64, target: F32, moments: F64, ridge: float
+        self, layout: Layout, column: I64, target: F32, moments: F32, ridge: float
     ) -> None:
         self.layout = layout
         n_rows = len(column)
@@ -138,7 +138,8 @@ class _Rows:
         order = np.argsort(-moments[used, used], axis=1, kind="stable")
         used = np.take_along_axis(used, order, axis=1)
         self.order = np.broadcast_to(order, columns.shape)  # (n_rows, m)
-        self.plain_moments = moments[used[:, :, None], used[:, None, :]]  # (n_rows or 1, m, m)
+        chosen = moments[used[:, :, None], used[:, None, :]]  # (n_rows or 1, m, m)
+        self.plain_moments = chosen.astype(np.float64)
         level = ridge * np.maximum(
             np.einsum("rii->r", self.plain_moments) / columns.shape[1], 1e-30
         )
@@ -155,8 +156,7 @@ class _Rows:
 
     def loss(self, error: F64, moments: F64) -> F64:
         """e H e, (n_rows,)."""
-        product = (error[:, None, :] @ moments)[:, 0]
-        return np.asarray((product * error).sum(axis=1))
+        return np.asarray((_times(error, moments) * error).sum(axis=1))
 
     def candidates(self, blocks: BlockCodes) -> Iterator[_Codes]:
         """The blocks' own codes and those of the sequential pass, both improved."""
@@ -193,7 +193,7 @@ class _Rows:
         """Change single levels of each row, in place, while that helps; returns the errors."""
         error = scale.step * levels - scale.offset - self.target
         for _ in range(_SWEEPS):
-            slope = (error[:, None, :] @ self.moments)[:, 0]  # half the gradient
+            slope = _times(error, self.moments)  # half the gradient
             any_changed = False
             for j in range(levels.shape[1]):
                 curvature = self.moments[:, j, j]
@@ -220,12 +220,19 @@ class _Rows:
         return np.asarray(self.levels[np.searchsorted(self.middles, scaled)])
 
 
+def _times(error: F64, moments: F64) -> F64:
+    """Every row times its matrix, (n_rows, m)."""
+    if len(moments) == 1:
+        return np.asarray(error @ moments[0])
+    return np.asarray(np.einsum("rj,rjk->rk", error, moments))
+
+
 def _upper_factor(moments: F64) -> F64:
     """Upper triangular R with R R^T = H, for each of the matrices (k, m, m)."""
     reverse = moments[:, ::-1, ::-1]
     if moments.size * moments.shape[1] > _LITTLE_WORK:
         return np.asarray(np.linalg.cholesky(reverse)[:, ::-1, ::-1])
-    # All matrices at once: LAPACK takes them one by one, and its threads cost more than they give.
+    # All matrices at once: LAPACK takes them one by one, and waits for its threads each time.
     rest = reverse.copy()
     lower = np.zeros_like(rest)
     for j in range(rest.shape[1]):

@@ -21,6 +21,7 @@ from zo_gguf.quant_layout import layout_of
 from zo_gguf.requantize import TUNED_WEIGHT, Patch, block_of, requantize
 
 _MAX_BYTES = 1 << 30  # of inputs in memory
+_MAX_COLUMNS = 16384  # wider matrices have too large second moments
 _MAX_LEVELS = 64  # finer types have no error worth a search
 
 
@@ -90,9 +91,10 @@ def _portions(base: GgufFile, delta: Delta) -> Iterator[list[str]]:
     portion: list[str] = []
     n_bytes = 0
     for name in delta.tensors:
-        if not can_round(base.tensors[name].type):
+        n_cols = delta.shapes[name][1]
+        if not can_round(base.tensors[name].type) or n_cols > _MAX_COLUMNS:
             continue
-        size = 4 * MAX_SAMPLES * delta.shapes[name][1]
+        size = 4 * MAX_SAMPLES * n_cols
         if portion and n_bytes + size > _MAX_BYTES:
             yield portion
             portion, n_bytes = [], 0

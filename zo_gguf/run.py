@@ -46,8 +46,9 @@ class State:
     def apply(self, record: Record, method: Method) -> None:
         """Commit a step. The only place where theta changes, while tuning and replaying alike."""
         assert record.step == self.step + 1
-        gradient = gradient_estimate(record.directions, method.noise)
-        self.optimizer.update(self.theta, gradient, record.lr)
+        with np.errstate(over="ignore", invalid="ignore"):  # the engine refuses it
+            gradient = gradient_estimate(record.directions, method.noise)
+            self.optimizer.update(self.theta, gradient, record.lr)
         self.step = record.step
 
 

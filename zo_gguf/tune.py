@@ -22,6 +22,7 @@ from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.estimator import direction_seeds, is_finite, spsa
 from zo_gguf.evaluate import EvalResult, measure
+from zo_gguf.files import require_file
 from zo_gguf.interrupt import Interrupt
 from zo_gguf.methods import find_method
 from zo_gguf.methods.base import Method
@@ -80,6 +81,7 @@ def resume(run: str | os.PathLike[str]) -> TuneResult:
 def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     """Open everything, run the loop, report. Nothing is written before all input was read."""
     check_optimizer(config.optimizer)
+    require_file(config.model, "model")
     method = find_method(config.method)(config)
     with method.open_engine() as engine:
         train, valid = load_train_valid(
