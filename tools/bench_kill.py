@@ -1,6 +1,6 @@
 """kill -9 at random moments, resume, and compare every byte with an uninterrupted run.
 
-.venv/bin/python tools/bench_kill.py -m MODEL.gguf --data DIR [--kills 20] [--iters 120]
+.venv/bin/python tools/bench_kill.py -m MODEL.gguf --data DIR [--kills 20] [--iters 450]
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--iters", type=int, default=120)
+    parser.add_argument("--iters", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     moments = random.Random(options.seed)
