@@ -9,7 +9,6 @@ import numpy as np
 import psutil
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.dataset import load_train_valid
 from zo_gguf.engine import Engine
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.estimator import direction_seeds, spsa
@@ -17,7 +16,7 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.methods import find_method
 from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
-from zo_gguf.tune import draw
+from zo_gguf.tune import draw, load_rows
 
 _TIMED_STEPS = 3
 _TRIAL_EPS = 1e-2  # timing does not depend on it
@@ -90,15 +89,7 @@ def plan(config: TuneConfig) -> PlanResult:
         )
     before = psutil.Process().memory_info().rss
     with method.open_engine() as engine:
-        train, valid = load_train_valid(
-            config.data,
-            engine,
-            val_split=config.val_split,
-            max_tokens=config.max_seq_length,
-            train_on=config.train_on,
-            fields=config.field,
-        )
-        n_valid = len(valid[: config.valid_rows or None])
+        train, valid = load_rows(config, engine)
         seconds, tokens = [], []
         for step in range(-1, _TIMED_STEPS):  # the first one warms up
             rows = draw(train, config, max(step, 0))
@@ -127,7 +118,7 @@ def plan(config: TuneConfig) -> PlanResult:
         available=available,
         on_gpu=on_gpu,
         seconds_per_step=per_step,
-        seconds=_total_seconds(config, per_step, n_valid),
+        seconds=_total_seconds(config, per_step, len(valid)),
         disk=disk,
         tokens_per_step=int(np.median(tokens)),
     )

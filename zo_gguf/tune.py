@@ -1,7 +1,7 @@
 """`zo-gguf tune`: zeroth-order fine-tuning. Read this file first.
 
 A step draws rows, measures the loss on both sides of theta along random directions, writes what it
-measured to the trajectory, and commits. The loop knows no method, estimator or optimizer.
+measured to the trajectory, and commits. The loop knows no method or optimizer.
 """
 
 import dataclasses
@@ -84,14 +84,7 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     require_file(config.model, "model")
     method = find_method(config.method)(config)
     with method.open_engine() as engine:
-        train, valid = load_train_valid(
-            config.data,
-            engine,
-            val_split=config.val_split,
-            max_tokens=config.max_seq_length,
-            train_on=config.train_on,
-            fields=config.field,
-        )
+        train, valid = load_rows(config, engine)
         run = open_run()
         trajectory = open_trajectory(run, method)
         try:
@@ -101,7 +94,6 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
                 if record.step > state.step:
                     state.apply(record, method)
             engine.set_theta(state.theta)
-            valid = valid[: config.valid_rows or None]
             session = Session(run, method, engine, train, valid, trajectory, state)
             _resolve(session)
             with Interrupt() as interrupt:
@@ -124,6 +116,23 @@ def _resolve(session: Session) -> None:
         config = dataclasses.replace(config, eps=report.eps, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
     session.run.save_config(dataclasses.replace(config, threads=engine.n_threads))
+
+
+def load_rows(config: TuneConfig, engine: Engine) -> tuple[list[Example], list[Example]]:
+    """The rows to train on, and the --valid-rows to validate with.
+
+    Raises:
+        ZoError: A file or row cannot be used.
+    """
+    train, valid = load_train_valid(
+        config.data,
+        engine,
+        val_split=config.val_split,
+        max_tokens=config.max_seq_length,
+        train_on=config.train_on,
+        fields=config.field,
+    )
+    return train, valid[: config.valid_rows or None]
 
 
 def draw(examples: Sequence[Example], config: TuneConfig, step: int) -> list[Example]:
