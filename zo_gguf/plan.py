@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 
 from zo_gguf.config import TuneConfig
+from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.estimator import direction_seeds, spsa
@@ -16,7 +17,7 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.methods import find_method
 from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
-from zo_gguf.tune import draw, load_rows
+from zo_gguf.tune import load_rows
 
 _TIMED_STEPS = 3
 _TRIAL_EPS = 1e-2  # timing does not depend on it
@@ -90,9 +91,10 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
+        draw = Draw(train, config.examples_per_step, config.seed)
         seconds, tokens = [], []
         for step in range(-1, _TIMED_STEPS):  # the first one warms up
-            rows = draw(train, config, max(step, 0))
+            rows = draw(max(step, 0))
             started = time.perf_counter()
             _, scores = spsa(
                 engine, rows, direction_seeds(config.seed, step + 1, config.directions), _TRIAL_EPS

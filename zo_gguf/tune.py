@@ -5,19 +5,16 @@ measured to the trajectory, and commits. The loop knows no method or optimizer.
 """
 
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example, load_train_valid
 from zo_gguf.delta import Delta
+from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.estimator import direction_seeds, is_finite, spsa
@@ -42,7 +39,7 @@ class Session:
     run: Run
     method: Method
     engine: Engine
-    train: Sequence[Example]
+    draw: Draw
     valid: Sequence[Example]
     trajectory: Trajectory
     state: State
@@ -85,6 +82,7 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     method = find_method(config.method)(config)
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
+        draw = Draw(train, config.examples_per_step, config.seed)
         run = open_run()
         trajectory = open_trajectory(run, method)
         try:
@@ -94,7 +92,7 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
                 if record.step > state.step:
                     state.apply(record, method)
             engine.set_theta(state.theta)
-            session = Session(run, method, engine, train, valid, trajectory, state)
+            session = Session(run, method, engine, draw, valid, trajectory, state)
             _resolve(session)
             with Interrupt() as interrupt:
                 _loop(session, interrupt)
@@ -107,7 +105,7 @@ def _resolve(session: Session) -> None:
     """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
     config, engine = session.config, session.engine
     if config.eps == "auto" or config.learning_rate is None:
-        rows = draw(session.train, config, step=0)
+        rows = session.draw(step=0)
         report = measure_noise(engine, rows, None if config.eps == "auto" else float(config.eps))
         print(report.render(), file=sys.stderr)
         rate = config.learning_rate or default_learning_rate(
@@ -135,21 +133,6 @@ def load_rows(config: TuneConfig, engine: Engine) -> tuple[list[Example], list[E
     return train, valid[: config.valid_rows or None]
 
 
-def draw(examples: Sequence[Example], config: TuneConfig, step: int) -> list[Example]:
-    """The rows of a step: epochs of shuffled rows, a pure function of the seed and the step."""
-    n, first = len(examples), step * config.examples_per_step
-    rows = []
-    for position in range(first, first + config.examples_per_step):
-        order = _epoch_order(n, config.seed, position // n)
-        rows.append(examples[order[position % n]])
-    return rows
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
-
-
 def _loop(session: Session, interrupt: Interrupt) -> None:
     """The step loop."""
     config, state = session.config, session.state
@@ -164,7 +147,7 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
             if interrupt.requested:
                 _save(session)
                 interrupt.leave(run)
-            rows = draw(session.train, config, state.step)
+            rows = session.draw(state.step)
             seeds = direction_seeds(config.seed, state.step, config.directions)
             directions, scores = spsa(engine, rows, seeds, eps)
             if not is_finite(directions):
