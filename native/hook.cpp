@@ -10,7 +10,9 @@
 #include "error.h"
 #include "ggml-backend.h"
 #include "ggml.h"
+#include "inplace.h"
 #include "loss.h"
+#include "lowrank.h"
 #include "sparse.h"
 #include "store.h"
 #include "zo.h"
@@ -69,10 +71,23 @@ int64_t n_columns(const ggml_tensor * t) {
     return t->ne[1] * t->ne[2] * t->ne[3];
 }
 
+// What is added to the product with one weight; either may be NULL.
+struct overlays {
+    const zo::sparse_weight *  sparse  = nullptr;
+    const zo::lowrank_weight * lowrank = nullptr;
+
+    bool    any() const { return sparse != nullptr || lowrank != nullptr; }
+    int64_t n_rows() const { return sparse != nullptr ? sparse->n_rows : lowrank->n_rows; }
+    int64_t n_cols() const { return sparse != nullptr ? sparse->n_cols : lowrank->n_cols; }
+    const std::string & name() const { return sparse != nullptr ? sparse->name : lowrank->name; }
+};
+
 }  // namespace
 
 struct zo_hook {
     zo_store *         store        = nullptr;
+    zo_inplace *       inplace      = nullptr;
+    zo_lowrank *       lowrank      = nullptr;
     int                n_threads    = 1;
     bool               force_staged = false;
     zo::sparse_scratch scratch;
@@ -84,13 +99,17 @@ struct zo_hook {
     zo::targets               wanted;
     std::vector<double>       nll;
     bool                      saw_output = false;
-    std::vector<int32_t>      fired;  // [weights] matrix products seen
+    std::vector<int32_t>      fired;          // [weights of store] matrix products seen
+    std::vector<int32_t>      lowrank_fired;  // [weights of lowrank]
     std::string               error;  // first failure inside a callback
 
-    bool on_node(ggml_tensor * node);
-    bool overlay(ggml_tensor * node, const zo::sparse_weight & weight);
-    bool losses(const ggml_tensor * node);
-    bool refuse(std::string text);
+    bool     on_node(ggml_tensor * node);
+    overlays find(const ggml_tensor * node) const;
+    bool     overlay(ggml_tensor * node, const overlays & added);
+    void     add(const overlays & added, int32_t branch, const zo::columns & x, const zo::columns & y,
+                 int64_t first, int64_t end);
+    bool     losses(const ggml_tensor * node);
+    bool     refuse(std::string text);
 };
 
 bool zo_hook::refuse(std::string text) {
@@ -100,15 +119,35 @@ bool zo_hook::refuse(std::string text) {
     return false;
 }
 
-bool zo_hook::overlay(ggml_tensor * node, const zo::sparse_weight & weight) {
+overlays zo_hook::find(const ggml_tensor * node) const {
+    if (node->src[0] == nullptr || (store == nullptr && lowrank == nullptr)) {
+        return {};
+    }
+    const std::string_view name = weight_name(node->src[0]);
+    return { store != nullptr ? store->find(name) : nullptr, lowrank != nullptr ? lowrank->find(name) : nullptr };
+}
+
+void zo_hook::add(const overlays & added, int32_t branch, const zo::columns & x, const zo::columns & y,
+                  int64_t first, int64_t end) {
+    if (added.sparse != nullptr) {
+        const float * values = store->branch_values(*added.sparse, branches[(size_t) branch]);
+        zo::sparse_apply(*added.sparse, values, x, y, first, end, n_threads, scratch);
+    }
+    if (added.lowrank != nullptr) {
+        const zo::lowrank_factors & factors = added.lowrank->branches.at((size_t) branch);
+        zo::lowrank_apply(*added.lowrank, factors, x, y, first, end, n_threads);
+    }
+}
+
+bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
     const ggml_tensor * x = node->src[1];
     if (node->op != GGML_OP_MUL_MAT || node->src[0]->ne[2] != 1 || node->src[0]->ne[3] != 1) {
-        return refuse("the weight " + weight.name + " is not used as a plain matrix product (" +
+        return refuse("the weight " + added.name() + " is not used as a plain matrix product (" +
                       ggml_op_name(node->op) + "), so its entries cannot be tuned; leave it out of the mask");
     }
     if (x->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) ||
-        x->ne[0] != weight.n_cols || node->ne[0] != weight.n_rows) {
-        return refuse("the matrix product with " + weight.name + " has an unexpected shape or type");
+        x->ne[0] != added.n_cols() || node->ne[0] != added.n_rows()) {
+        return refuse("the matrix product with " + added.name() + " has an unexpected shape or type");
     }
     const int64_t             n = n_columns(node);
     std::vector<column_range> all{ { 0, n, 0 } };
@@ -116,7 +155,7 @@ bool zo_hook::overlay(ggml_tensor * node, const zo::sparse_weight & weight) {
     const std::vector<column_range> * ranges = &all;
     if (open) {
         if (n != n_tokens && n != n_outputs) {
-            return refuse("the engine split the batch: " + weight.name + " got " + std::to_string(n) +
+            return refuse("the engine split the batch: " + added.name() + " got " + std::to_string(n) +
                           " columns instead of " + std::to_string(n_tokens));
         }
         ranges = n == n_tokens ? &tokens : &outputs;
@@ -125,13 +164,17 @@ bool zo_hook::overlay(ggml_tensor * node, const zo::sparse_weight & weight) {
     host_view   in(x, staged), out(node, staged);
     zo::columns x_columns = in.columns(x), y_columns = out.columns(node);
     for (const column_range & range : *ranges) {
-        zo::sparse_apply(weight, store->branch_values(weight, branches[(size_t) range.branch]), x_columns,
-                         y_columns, range.first, range.end, n_threads, scratch);
+        add(added, range.branch, x_columns, y_columns, range.first, range.end);
     }
     if (staged) {
         ggml_backend_tensor_set(node, out.data, 0, out.copy.size());
     }
-    fired[weight.id] += 1;
+    if (added.sparse != nullptr) {
+        fired[added.sparse->id] += 1;
+    }
+    if (added.lowrank != nullptr) {
+        lowrank_fired[added.lowrank->id] += 1;
+    }
     return true;
 }
 
@@ -153,10 +196,9 @@ bool zo_hook::losses(const ggml_tensor * node) {
 }
 
 bool zo_hook::on_node(ggml_tensor * node) {
-    const zo::sparse_weight * weight =
-        store != nullptr && node->src[0] != nullptr ? store->find(weight_name(node->src[0])) : nullptr;
+    const overlays added = find(node);
     // The head may itself be tuned: its overlay comes before the losses.
-    if (weight != nullptr && node->op != GGML_OP_GET_ROWS && !overlay(node, *weight)) {
+    if (added.any() && node->op != GGML_OP_GET_ROWS && !overlay(node, added)) {
         return false;
     }
     return !open || OUTPUT_NODE != node->name || losses(node);
@@ -168,12 +210,14 @@ bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
         return !ask;
     }
     if (ask) {
+        if (hook->inplace != nullptr) {
+            hook->inplace->look(node);
+        }
         if (hook->open && OUTPUT_NODE == node->name) {
             return true;
         }
-        const ggml_tensor * w       = node->src[0];
-        const bool          product = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
-        return product && hook->store != nullptr && hook->store->find(weight_name(w)) != nullptr;
+        const bool product = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
+        return product && hook->find(node).any();
     }
     try {
         return hook->on_node(node);
@@ -217,15 +261,21 @@ const char * zo_last_error(void) {
     return zo::last_error().c_str();
 }
 
-zo_status zo_hook_init(zo_hook ** hook, zo_store * store, int32_t n_threads, bool force_staged) {
+zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, zo_lowrank * lowrank,
+                       int32_t n_threads, bool force_staged) {
     return guarded([&] {
         if (hook == nullptr || n_threads < 1) {
             return fail(ZO_ARGUMENT, "a hook needs at least one thread");
         }
         *hook                 = new zo_hook;
         (*hook)->store        = store;
+        (*hook)->inplace      = inplace;
+        (*hook)->lowrank      = lowrank;
         (*hook)->n_threads    = n_threads;
         (*hook)->force_staged = force_staged;
+        if (inplace != nullptr) {
+            inplace->force_staged = force_staged;
+        }
         return ZO_OK;
     });
 }
@@ -261,8 +311,9 @@ zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
         hook->error.clear();
         hook->saw_output = false;
         hook->fired.assign(hook->store != nullptr ? hook->store->weights.size() : 0, 0);
+        hook->lowrank_fired.assign(hook->lowrank != nullptr ? hook->lowrank->weights.size() : 0, 0);
         hook->open = false;
-        hook->branches.assign(1, zo_branch{ 0, 0.0f });
+        hook->branches.assign(1, zo_branch{ 0, 0, 0.0f });
         if (batch == nullptr) {
             return ZO_OK;
         }
@@ -309,6 +360,11 @@ zo_status zo_hook_end(zo_hook * hook, double * nll) {
         for (size_t i = 0; i < hook->fired.size(); ++i) {
             if (hook->fired[i] == 0) {
                 silent += (silent.empty() ? "" : ", ") + hook->store->weights[i].name;
+            }
+        }
+        for (size_t i = 0; i < hook->lowrank_fired.size(); ++i) {
+            if (hook->lowrank_fired[i] == 0) {
+                silent += (silent.empty() ? "" : ", ") + hook->lowrank->weights[i].name;
             }
         }
         if (!silent.empty()) {

@@ -48,7 +48,23 @@ static void noise_blocks(uint64_t seed, uint32_t tensor, uint64_t first, int64_t
     }
 }
 
-static void noise_range(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z) {
+// Each counter gives the signs of 32 values.
+static void rademacher_range(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z) {
+    for (int64_t i = first; i < first + n;) {
+        const uint32_t bits = philox(seed, tensor, (uint64_t) (i / 32)).x[0];
+        const int64_t  end  = std::min(first + n, (i / 32 + 1) * 32);
+        for (; i < end; ++i) {
+            z[i - first] = (bits >> (i % 32) & 1) != 0 ? 1.0f : -1.0f;
+        }
+    }
+}
+
+void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
+                 float * z) {
+    if (distribution == ZO_RADEMACHER) {
+        rademacher_range(seed, tensor, first, n, z);
+        return;
+    }
     const int64_t end = first + n;
     int64_t       i   = first;
     float         part[4];
@@ -141,7 +157,7 @@ void zo_store::fill_noise(uint64_t seed, float * z) const {
         zo::parallel_for((w.nnz() + chunk - 1) / chunk, n_threads, [&](int64_t c, int) {
             const int64_t first = c * chunk;
             const int64_t n     = std::min(chunk, w.nnz() - first);
-            zo::noise_range(seed, w.id, first, n, z + w.offset + first);
+            zo::noise_range(distribution, seed, w.id, first, n, z + w.offset + first);
         });
     }
 }
@@ -163,10 +179,37 @@ const float * zo_store::branch_values(const zo::sparse_weight & weight, const zo
     }
     const float * z = noise(branch.seed) + weight.offset;
     values_.resize(std::max(values_.size(), (size_t) weight.nnz()));
+    if (branch.signs != 0) {
+        std::copy(z, z + weight.nnz(), values_.begin());
+        flip(weight, branch.signs, values_.data());
+        z = values_.data();
+    }
     for (int64_t i = 0; i < weight.nnz(); ++i) {
         values_[(size_t) i] = masters[i] + branch.scale * z[i];
     }
     return values_.data();
+}
+
+// R of row r is value r, C of column c is value n_rows + c of the weight's Rademacher sequence.
+void zo_store::flip(const zo::sparse_weight & weight, uint64_t signs, float * z) {
+    const auto sign = [&](int64_t i) {
+        float value;
+        zo::noise_range(ZO_RADEMACHER, signs, weight.id, i, 1, &value);
+        return value;
+    };
+    column_signs_.resize((size_t) weight.cols.size());
+    for (size_t place = 0; place < column_signs_.size(); ++place) {
+        column_signs_[place] = sign(weight.n_rows + weight.cols.index[place]);
+    }
+    for (size_t place = 0; place < (size_t) weight.rows.size(); ++place) {
+        if (weight.row_first[place] == weight.row_end[place]) {
+            continue;
+        }
+        const float row = sign(weight.rows.index[place]);
+        for (int32_t i = weight.row_first[place]; i < weight.row_end[place]; ++i) {
+            z[i] *= row * column_signs_[(size_t) weight.col[(size_t) i]];
+        }
+    }
 }
 
 void zo_store::keep_noise(const std::vector<uint64_t> & seeds) {
@@ -176,21 +219,23 @@ void zo_store::keep_noise(const std::vector<uint64_t> & seeds) {
     }
 }
 
-zo_status zo_noise(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z) {
+zo_status zo_noise(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
+                   float * z) {
     if (z == nullptr || first < 0 || n < 0) {
         return fail(ZO_ARGUMENT, "zo_noise needs a non-negative range and an array");
     }
-    zo::noise_range(seed, tensor, first, n, z);
+    zo::noise_range(distribution, seed, tensor, first, n, z);
     return ZO_OK;
 }
 
-zo_status zo_store_init(zo_store ** store, int32_t n_threads) {
+zo_status zo_store_init(zo_store ** store, zo_distribution distribution, int32_t n_threads) {
     return guarded([&] {
         if (store == nullptr || n_threads < 1) {
             return fail(ZO_ARGUMENT, "a store needs at least one thread");
         }
-        *store              = new zo_store;
-        (*store)->n_threads = n_threads;
+        *store                 = new zo_store;
+        (*store)->distribution = distribution;
+        (*store)->n_threads    = n_threads;
         return ZO_OK;
     });
 }
@@ -250,26 +295,17 @@ zo_status zo_store_write(zo_store * store, const float * theta) {
     return ZO_OK;
 }
 
-zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z) {
+zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float * z) {
     return guarded([&] {
         if (store == nullptr || z == nullptr) {
             return fail(ZO_ARGUMENT, "zo_store_noise got a null pointer");
         }
         store->keep_noise({ seed });
         std::memcpy(z, store->noise(seed), store->theta.size() * sizeof(float));
-        return ZO_OK;
-    });
-}
-
-zo_status zo_store_commit(zo_store * store, uint64_t seed, float coefficient) {
-    return guarded([&] {
-        if (store == nullptr) {
-            return fail(ZO_ARGUMENT, "zo_store_commit got a null pointer");
-        }
-        store->keep_noise({ seed });
-        const float * z = store->noise(seed);
-        for (size_t i = 0; i < store->theta.size(); ++i) {
-            store->theta[i] = store->theta[i] + coefficient * z[i];
+        if (signs != 0) {
+            for (const zo::sparse_weight & weight : store->weights) {
+                store->flip(weight, signs, z + weight.offset);
+            }
         }
         return ZO_OK;
     });

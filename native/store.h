@@ -37,10 +37,18 @@ struct sparse_weight {
     int64_t nnz() const { return (int64_t) col.size(); }
 };
 
+// zo_noise without its checks.
+void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
+                 float * z);
+
+// The tensor numbers of the noise, so that different kinds of parameters may be trained together.
+constexpr uint32_t FIRST_INPLACE_TENSOR = 1u << 30;
+
 }  // namespace zo
 
 struct zo_store {
-    int                                        n_threads = 1;
+    zo_distribution                            distribution = ZO_NORMAL;
+    int                                        n_threads    = 1;
     std::vector<zo::sparse_weight>             weights;
     std::vector<float>                         theta;
     std::map<std::string, size_t, std::less<>> by_name;
@@ -53,10 +61,12 @@ struct zo_store {
     void fill_noise(uint64_t seed, float * z) const;
     // theta + scale * z(seed) of one weight, valid until the next call.
     const float * branch_values(const zo::sparse_weight & weight, const zo_branch & branch);
+    // Multiplies a weight's entries by their rows' and columns' signs.
+    void flip(const zo::sparse_weight & weight, uint64_t signs, float * z);
 
     const zo::sparse_weight * find(std::string_view name) const;
 
 private:
     std::map<uint64_t, std::vector<float>> noise_;
-    std::vector<float>                     values_;
+    std::vector<float>                     values_, column_signs_;
 };

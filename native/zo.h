@@ -1,9 +1,10 @@
-// libzo: sparse weight perturbations inside a stock llama.cpp forward pass.
+// libzo: weight perturbations inside a stock llama.cpp forward pass.
 //
 // The engine calls `zo_hook_eval` for every graph node (llama_context_params.cb_eval). At a matrix
 // product with a weight that has trainable entries, the hook adds S*x to the product, where S holds
-// theta + scale * z(seed) at the entries of the store: the quantized weight itself is never touched.
-// At the output node it reduces the logits to one negative log-likelihood per target.
+// theta + scale * z(seed) at the entries of the store, or a product of low rank: the quantized weight
+// itself is never touched. Block scales and float weights are edited in place, between decodes.
+// At the output node the hook reduces the logits to one negative log-likelihood per target.
 //
 // Plain C, opaque handles, status codes; `zo_last_error` says what went wrong in words. Matrices are
 // row-major with the input dimension contiguous, as in ggml. A handle must not be used by two threads
@@ -26,8 +27,10 @@ extern "C" {
 
 struct ggml_tensor;
 
-typedef struct zo_store zo_store;
-typedef struct zo_hook  zo_hook;
+typedef struct zo_store   zo_store;
+typedef struct zo_inplace zo_inplace;
+typedef struct zo_lowrank zo_lowrank;
+typedef struct zo_hook    zo_hook;
 
 typedef enum zo_status {
     ZO_OK       = 0,
@@ -36,9 +39,18 @@ typedef enum zo_status {
     ZO_GRAPH    = 3,  // the engine's graph is not what the hook was told to expect
 } zo_status;
 
-// A probe as one forward pass sees it: every trainable entry is theta + scale * z(seed).
+// What z is drawn from.
+typedef enum zo_distribution {
+    ZO_NORMAL     = 0,  // N(0, 1)
+    ZO_RADEMACHER = 1,  // -1 or 1
+} zo_distribution;
+
+// A probe as one forward pass sees it: every trainable value is theta + scale * z(seed). With `signs`
+// not 0, the entry of row r and column c of a weight gets z * R(r) * C(c) instead, where R and C are -1
+// or 1 and depend on `signs`: many directions from one z (GRZO, arXiv 2606.02857).
 typedef struct zo_branch {
     uint64_t seed;
+    uint64_t signs;
     float    scale;
 } zo_branch;
 
@@ -66,13 +78,14 @@ ZO_API zo_status zo_check_engine(void);
 // Text of the last failure on this thread, never NULL.
 ZO_API const char * zo_last_error(void);
 
-// n standard normal values z[first .. first+n) of tensor number `tensor` under `seed`. The same bits
-// on every machine and for any split of the range.
-ZO_API zo_status zo_noise(uint64_t seed, uint32_t tensor, int64_t first, int64_t n, float * z);
+// n values z[first .. first+n) of tensor number `tensor` under `seed`. The same bits on every machine and
+// for any split of the range.
+ZO_API zo_status zo_noise(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first,
+                          int64_t n, float * z);
 
 // ---- store: the f32 masters of all trainable entries ------------------------------------------------
 
-ZO_API zo_status zo_store_init(zo_store ** store, int32_t n_threads);
+ZO_API zo_status zo_store_init(zo_store ** store, zo_distribution distribution, int32_t n_threads);
 ZO_API void      zo_store_free(zo_store * store);
 
 // Appends a weight's entries: sorted, unique flat indices (row * n_cols + col) and their masters.
@@ -82,10 +95,57 @@ ZO_API zo_status zo_store_add(zo_store * store, const char * name, int64_t n_row
 ZO_API int64_t   zo_store_size(const zo_store * store);                       // entries of all weights
 ZO_API zo_status zo_store_read(const zo_store * store, float * theta);        // [size]
 ZO_API zo_status zo_store_write(zo_store * store, const float * theta);       // [size]
-ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z);  // [size]
 
-// theta += coefficient * z(seed), one multiplication and one addition per entry, each rounded to f32.
-ZO_API zo_status zo_store_commit(zo_store * store, uint64_t seed, float coefficient);
+// z[size] as a branch with this seed and these signs has it.
+ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float * z);
+
+// ---- in place: values inside the bytes of loaded weights --------------------------------------------
+
+typedef enum zo_storage { ZO_F32 = 0, ZO_F16 = 1, ZO_BF16 = 2 } zo_storage;
+
+// Values at fixed places in the blocks of a tensor: the f16 scales of a quantized one, or all weights of
+// a float one (blocks of one value). The live value of the master t is
+//   t, or with `base` and `relative`  base * max(1 + t, 2^-10),
+//      or with `base` alone           t, but at least 1e-7 on the side of zero where base lies.
+// z is 0 where |t| > limit (Sparse-MeZO, arXiv 2402.15751; no limit: INFINITY).
+typedef struct zo_field {
+    int64_t       n_values;
+    int64_t       block_bytes;
+    int32_t       n_per_block;  // 1 or 2
+    int32_t       offset[2];    // in a block
+    zo_storage    storage;
+    bool          relative;
+    float         limit;
+    const float * base;  // [n_values] or NULL
+} zo_field;
+
+ZO_API zo_status zo_inplace_init(zo_inplace ** inplace, zo_distribution distribution, int32_t n_threads);
+ZO_API void      zo_inplace_free(zo_inplace * inplace);
+
+// `n_bytes` is the size of the whole tensor. Its place in memory is learned from the first decode.
+ZO_API zo_status zo_inplace_add(zo_inplace * inplace, const char * name, const zo_field * field,
+                                int64_t n_bytes, const float * theta);
+
+ZO_API int64_t   zo_inplace_size(const zo_inplace * inplace);
+ZO_API zo_status zo_inplace_read(const zo_inplace * inplace, float * theta);                // [size]
+ZO_API zo_status zo_inplace_write(zo_inplace * inplace, const float * theta);               // [size]
+ZO_API zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, float * z);    // [size]
+ZO_API zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, float * live);  // [size]
+
+// Writes the live values of a branch into the loaded weights; between decodes only. Fails, with nothing
+// written, if a tensor was not seen in a decode or lies where it must not be written.
+ZO_API zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch);
+
+// ---- low rank: y += left * (right * x) ---------------------------------------------------------------
+
+ZO_API zo_status zo_lowrank_init(zo_lowrank ** lowrank);
+ZO_API void      zo_lowrank_free(zo_lowrank * lowrank);
+ZO_API zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows, int64_t n_cols);
+
+// The factors of the number-th weight added, in one branch: left [rank][n_rows], transposed for speed, and
+// right [rank][n_cols]. Copied; they stay until they are set again.
+ZO_API zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
+                                const float * left, const float * right);
 
 // ---- kernels by themselves, on host arrays ----------------------------------------------------------
 
@@ -94,6 +154,11 @@ ZO_API zo_status zo_store_commit(zo_store * store, uint64_t seed, float coeffici
 ZO_API zo_status zo_store_apply(zo_store * store, const char * name, zo_branch branch, int64_t n_tokens,
                                 const float * x, int64_t x_stride, float * y, int64_t y_stride);
 
+// y += left * (right * x) of the number-th weight in a branch.
+ZO_API zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t number,
+                                  int64_t n_tokens, const float * x, int64_t x_stride, float * y,
+                                  int64_t y_stride, int32_t n_threads);
+
 // nll[n_targets] from logits [n_outputs][n_vocab] with `stride` floats between outputs.
 ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
                            const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
@@ -101,9 +166,10 @@ ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride
 
 // ---- hook -------------------------------------------------------------------------------------------
 
-// `store` may be NULL (losses only) and must outlive the hook. With `force_staged`, tensors go through
-// ggml_backend_tensor_get/set as they do for device buffers.
-ZO_API zo_status zo_hook_init(zo_hook ** hook, zo_store * store, int32_t n_threads, bool force_staged);
+// Each of `store`, `inplace` and `lowrank` may be NULL and must outlive the hook. With `force_staged`,
+// tensors go through ggml_backend_tensor_get/set as they do for device buffers.
+ZO_API zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, zo_lowrank * lowrank,
+                              int32_t n_threads, bool force_staged);
 ZO_API void      zo_hook_free(zo_hook * hook);
 
 // The engine's callback; `hook` is its user data.

@@ -59,10 +59,10 @@ def test_state_is_all_that_a_restart_needs(name: str) -> None:
 
 
 def test_gradient_estimate_is_the_mean_over_directions() -> None:
-    noise = {1: np.arange(4, dtype=np.float32), 2: np.ones(4, np.float32)}
-    directions = [Direction(1, 0, 0, 3.0), Direction(2, 0, 0, -1.0)]
-    estimate = gradient_estimate(directions, noise.__getitem__)
-    np.testing.assert_allclose(estimate, (3 * noise[1] - noise[2]) / 2)
+    noise = {(1, 0): np.arange(4, dtype=np.float32), (2, 5): np.ones(4, np.float32)}
+    directions = [Direction(1, 0, 0, 0, 3.0), Direction(2, 5, 0, 0, -1.0)]
+    estimate = gradient_estimate(directions, lambda seed, signs: noise[seed, signs])
+    np.testing.assert_allclose(estimate, (3 * noise[1, 0] - noise[2, 5]) / 2)
 
 
 def test_seeds_are_distinct_and_reproducible() -> None:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
-from zo_gguf.entries import make_store
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.handles import Hook
 from zo_gguf.llama import default_threads, load_model, native_library, quiet_engine
-from zo_gguf.native import Hook, Library
+from zo_gguf.native import Library
+from zo_gguf.parameters import AT_THETA, Parameters
 
 F32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -216,9 +217,9 @@ def _tuned_context(
     with ExitStack() as stack:
         model = load_model(base.path)
         stack.callback(llama_cpp.llama_model_free, model)
-        store = make_store(library, delta, n_threads)
-        stack.callback(store.free)
-        hook = Hook(library, store, n_threads, False)
+        parameters = Parameters(library, delta, base, n_threads)
+        stack.callback(parameters.free)
+        hook = parameters.hook(n_threads)
         stack.callback(hook.free)
         recorder = _Recorder(names, hook, library)
         params = llama_cpp.llama_context_default_params()
@@ -231,6 +232,7 @@ def _tuned_context(
                 raise ZoError(f"llama.cpp could not make a context of {n_tokens} tokens.")
         stack.callback(_free_quietly, context)
         hook.begin_any()
+        parameters.prepare([AT_THETA])
         yield context, recorder
 
 

@@ -10,11 +10,12 @@ import llama_cpp
 from llama_cpp import _internals
 
 from zo_gguf.delta import Delta
-from zo_gguf.entries import make_store, open_entries
+from zo_gguf.entries import open_entries
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.handles import Hook
 from zo_gguf.llama import native_library, quiet_engine
-from zo_gguf.native import Hook, Store
+from zo_gguf.parameters import AT_THETA, Parameters
 
 _ATTRIBUTE = "_zo_gguf_attachment"
 
@@ -23,12 +24,12 @@ _ATTRIBUTE = "_zo_gguf_attachment"
 class _Attachment:
     """What must live as long as the hooked context."""
 
-    store: Store
+    parameters: Parameters
     hook: Hook
 
     def free(self) -> None:
         self.hook.free()
-        self.store.free()
+        self.parameters.free()
 
 
 def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
@@ -49,11 +50,17 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
     """
     detach(llama)
     delta = delta if isinstance(delta, Delta) else Delta.load(delta)
-    open_entries(delta, GgufFile(llama.model_path))
-    library = native_library()
+    gguf = GgufFile(llama.model_path)
+    open_entries(delta, gguf)
+    if delta.live:
+        raise ZoError(
+            f"Method {delta.header.method!r} edits the weights themselves, which a loaded Llama "
+            "shares with its file; use `zo-gguf merge`, which is exact, and load the result."
+        )
     n_threads = llama.n_threads_batch
-    store = make_store(library, delta, n_threads)
-    attachment = _Attachment(store, Hook(library, store, n_threads, False))
+    parameters = Parameters(native_library(), delta, gguf, n_threads)
+    parameters.prepare([AT_THETA])
+    attachment = _Attachment(parameters, parameters.hook(n_threads))
     params = llama.context_params
     params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(attachment.hook.callback)
     params.cb_eval_user_data = attachment.hook.handle

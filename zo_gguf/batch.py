@@ -5,7 +5,7 @@ that share their input, such as one-token choices, are scored from one forward p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ class TokenSequence:
         positions: int32 (n_targets,) ascending; position p predicts the token after it.
         targets: int32 (n_targets,) the token ids predicted.
         slots: int64 (n_targets,) where each result goes in the flat list of all targets.
+        example: Number of the example that it belongs to.
     """
 
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
     slots: NDArray[np.int64]
+    example: int = 0
 
     @property
     def n_outputs(self) -> int:
@@ -64,7 +66,7 @@ def build_request(examples: Sequence[Example]) -> Request:
     all_spans: list[list[tuple[int, int]]] = []
     answers: list[int] = []
     n_targets = 0
-    for example in examples:
+    for number, example in enumerate(examples):
         if example.choices:
             wanted = [
                 (example.tokens[: example.n_prompt] + list(choice), example.n_prompt)
@@ -80,14 +82,14 @@ def build_request(examples: Sequence[Example]) -> Request:
         for _, counted in completions:
             spans.append((n_targets, n_targets + len(counted)))
             n_targets += len(counted)
-        sequences.extend(_share_prefixes(completions, spans))
+        sequences.extend(_share_prefixes(completions, spans, number))
         all_spans.append(spans)
         answers.append(example.answer if example.choices else -1)
     return Request(sequences, n_targets, all_spans, answers)
 
 
 def _share_prefixes(
-    completions: list[tuple[list[int], list[int]]], spans: list[tuple[int, int]]
+    completions: list[tuple[list[int], list[int]]], spans: list[tuple[int, int]], example: int
 ) -> list[TokenSequence]:
     """Sequences for one example; an input that begins another one needs none of its own."""
     groups: list[tuple[list[int], list[tuple[int, int, int]]]] = []
@@ -111,6 +113,7 @@ def _share_prefixes(
                 np.array(positions, np.int32),
                 np.array(targets_, np.int32),
                 np.array(slots, np.int64),
+                example,
             )
         )
     return sequences
@@ -215,6 +218,34 @@ def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> De
         target_branch=np.repeat(branch, targets.size),
         n_sequences=len(group) * n_branches,
         max_length=longest,
+    )
+
+
+def branch_per_example(
+    batch: DecodeBatch, group: Sequence[TokenSequence]
+) -> tuple[DecodeBatch, list[int]]:
+    """The same decode with a branch for each example in it instead of one branch.
+
+    Args:
+        batch: Of one branch.
+        group: Its sequences.
+
+    Returns:
+        The batch, and the example of each branch.
+    """
+    present = list(dict.fromkeys(sequence.example for sequence in group))
+    branch_of = {example: branch for branch, example in enumerate(present)}
+    of_sequence = np.array([branch_of[sequence.example] for sequence in group], np.int32)
+    token_branch = of_sequence[batch.sequence_ids]
+    output_branch = token_branch[batch.is_output]
+    return (
+        replace(
+            batch,
+            token_branch=token_branch,
+            output_branch=output_branch,
+            target_branch=output_branch[batch.target_output],
+        ),
+        present,
     )
 
 

@@ -1,4 +1,5 @@
-"""The options of every verb, one frozen dataclass each; the only place where a default stands.
+"""The options of every verb, one frozen dataclass each; the only place where a default stands,
+with `tune_config`.
 
 Flags, YAML keys (`--config`) and Python arguments derive from the fields: `learning_rate` is
 `--learning-rate` on the command line and `learning_rate:` in a file. The machinery is in
@@ -14,16 +15,14 @@ from zo_gguf.config_file import build as build
 from zo_gguf.config_file import load_config as load_config
 from zo_gguf.config_file import save_config as save_config
 from zo_gguf.errors import ZoError
-from zo_gguf.options import Config, option, parse_fields
+from zo_gguf.options import Config, option
 from zo_gguf.options import config_hash as config_hash
 from zo_gguf.options import to_dict as to_dict
+from zo_gguf.tune_config import DATA, GPU, OVERWRITE, THREADS, RowsConfig
+from zo_gguf.tune_config import MASK_SUFFIX as MASK_SUFFIX
+from zo_gguf.tune_config import TuneConfig as TuneConfig
 
-_THREADS = "CPU threads (default: the number of physical cores)"
-_DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
-_GPU = "layers kept on the GPU; -1 means all"
 _JSON = "print one JSON object on stdout"
-_OVERWRITE = "replace an output that is already there"
-MASK_SUFFIX = ".mask.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +93,8 @@ class ExportConfig(Config):
     name: str | None = option(
         help="name of the files written (default: the model's)", default=None, metavar="NAME"
     )
-    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
-    overwrite: bool = option(help=_OVERWRITE, default=False)
+    threads: int | None = option("-t", help=THREADS, default=None, low=1)
+    overwrite: bool = option(help=OVERWRITE, default=False)
 
     def check(self) -> None:
         """Checks the regular expressions, the layer ranges and the quantization list."""
@@ -115,97 +114,6 @@ class ExportConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsConfig(Config):
-    """Options of every verb that reads rows for a model."""
-
-    model: str = option("-m", help="the quantized GGUF model", metavar="GGUF")
-    data: str = option(help=_DATA, metavar="FILE|DIR")
-    ctx_tokens: int = option(
-        "-c",
-        "--ctx-size",
-        help="tokens per forward call, over all rows and branches in it",
-        default=2048,
-        low=2,
-    )
-    train_on: Literal["last-assistant", "all-assistant"] = option(
-        help="turns of `messages` rows that count in the loss", default="last-assistant"
-    )
-    field: list[str] = option(
-        help="read KEY from column NAME, such as prompt=question; repeatable",
-        default=[],
-        metavar="KEY=NAME",
-    )
-    max_seq_length: int | None = option(
-        help="longest row in tokens; longer prompts lose their beginning "
-        "(default: what the context holds)",
-        default=None,
-        low=2,
-    )
-
-    def check(self) -> None:
-        """Checks the column names."""
-        parse_fields(self.field)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig(RowsConfig):
-    """Options of `tune` and `plan`: zeroth-order fine-tuning of a quantized GGUF."""
-
-    mask: str = option(
-        help="trainable weights, as written by export "
-        f"(default: MODEL with {MASK_SUFFIX} for .gguf)",
-        default="",
-        metavar="MASK",
-    )
-    output: str = option("-o", help="run folder to write", metavar="RUN")
-    method: str = option(help="what is trained", default="sensitive", metavar="NAME")
-    optimizer: str = option(
-        help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
-    )
-    iters: int = option(help="steps", default=2000, low=1)
-    examples_per_step: int = option(help="rows per step", default=16, low=1)
-    learning_rate: float | None = option(
-        help="step size (default: derived; see the first lines of the run)", default=None, above=0
-    )
-    eps: float | Literal["auto"] = option(
-        help="perturbation size; auto chooses it from the measured noise floor",
-        default="auto",
-        above=0,
-    )
-    directions: int = option(help="random directions per step, two forwards each", default=1, low=1)
-    schedule: Literal["linear", "constant", "cosine"] = option(
-        help="course of the learning rate", default="linear"
-    )
-    seed: int = option(
-        help="seed of the directions and of the row order", default=0, low=0, below=2**63
-    )
-    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
-    n_gpu_layers: int = option("-ngl", help=_GPU, default=0, low=-1)
-    valid_every: int = option(
-        help="steps between validations; 0 validates only at the start and the end",
-        default=200,
-        low=0,
-    )
-    valid_rows: int = option(help="validation rows used; 0 means all", default=500, low=0)
-    patience: int = option(
-        help="stop after this many validations without a better loss; 0 never stops",
-        default=0,
-        low=0,
-    )
-    save_every: int = option(help="steps between checkpoints", default=100, low=1)
-    val_split: float = option(
-        help="share of a single data file kept for validation", default=0.05, low=0, below=1
-    )
-    overwrite: bool = option(help=_OVERWRITE, default=False)
-
-    def check(self) -> None:
-        """Checks the column names and fills in the default mask."""
-        super().check()
-        if not self.mask:
-            object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalConfig(RowsConfig):
     """Options of `eval`: loss, perplexity and accuracy of a GGUF, with or without a delta."""
 
@@ -216,8 +124,8 @@ class EvalConfig(RowsConfig):
         help="file of a data folder that is read", default="test"
     )
     rows: int = option(help="rows used, from the first; 0 means all", default=0, low=0)
-    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
-    n_gpu_layers: int = option("-ngl", help=_GPU, default=0, low=-1)
+    threads: int | None = option("-t", help=THREADS, default=None, low=1)
+    n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
     json: bool = option(help=_JSON, default=False)
 
 
@@ -248,8 +156,8 @@ class MergeConfig(Config):
     rank: int | None = option(
         help="LoRA rank; below the exact rank it approximates", default=None, low=1
     )
-    threads: int | None = option("-t", help=_THREADS, default=None, low=1)
-    overwrite: bool = option(help=_OVERWRITE, default=False)
+    threads: int | None = option("-t", help=THREADS, default=None, low=1)
+    overwrite: bool = option(help=OVERWRITE, default=False)
     json: bool = option(help=_JSON, default=False)
 
     def check(self) -> None:
@@ -262,7 +170,7 @@ class MergeConfig(Config):
 class DataCheckConfig(RowsConfig):
     """Options of `data check`: validate rows and show what counts in the loss."""
 
-    data: str = option(help=_DATA, positional=True, metavar="DATA")
+    data: str = option(help=DATA, positional=True, metavar="DATA")
     row: int = option(help="row to print, counted from 1", default=1, low=1)
     json: bool = option(help=_JSON, default=False)
 
@@ -276,7 +184,7 @@ class ReplayConfig(Config):
         "-o", help="where to write the delta (default: only compare)", default=None, metavar="FILE"
     )
     step: int | None = option(help="stop after this step (default: the last)", default=None, low=0)
-    overwrite: bool = option(help=_OVERWRITE, default=False)
+    overwrite: bool = option(help=OVERWRITE, default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,21 @@ def linear_tensors(base: GgufFile) -> list[str]:
     ]
 
 
+def matching_matrices(base: GgufFile, pattern: str | None) -> list[str]:
+    """The attention and MLP matrices whose name contains a regular expression, in file order.
+
+    Raises:
+        ZoError: There is none.
+    """
+    names = [name for name in linear_tensors(base) if re.search(pattern or "", name)]
+    if not names:
+        raise ZoError(
+            f"{base.path.name!r} has no attention or MLP matrices whose name matches "
+            f"{pattern or '.*'!r}; `zo-gguf info` lists what it has."
+        )
+    return names
+
+
 def expert_tensors(base: GgufFile) -> list[str]:
     """Names of a GGUF's MoE expert weights, which cannot be tuned."""
     return [name for name in base.tensors if _EXPERTS.fullmatch(name)]

@@ -1,21 +1,26 @@
-"""The delta: what tuning learned, as f32 values to add to the dequantized weights of one GGUF.
+"""The delta: what tuning learned about one GGUF, as f32 masters.
+
+Sparse entries are values to add to the dequantized weights; `edits` are values inside the weights'
+bytes or low-rank products.
 
 Made by tune, read by evaluate, merge and attach. Files carry no time stamps: the same run gives the
 same bytes. How the values were learned is not known here beyond the recorded provenance.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zo_gguf.edits import Edits, Live, LowRank, describe, fixed_arrays, parse
 from zo_gguf.errors import ZoError
 from zo_gguf.mask import Mask, check_base
 from zo_gguf.sparse_file import (
     FORMAT_VERSION,
+    EditArrays,
     SparseEntries,
     check_base_hash,
     check_entries,
@@ -53,14 +58,14 @@ class DeltaHeader:
 
 @dataclass(frozen=True)
 class Delta:
-    """Learned values on the positions of a mask.
+    """Masters: first those of sparse entries, then those of the edits, tensor by tensor.
 
     Attributes:
         tensors: GGUF tensor name -> int64 (n,), sorted unique flat indices, row * n_cols + col.
         shapes: Same keys -> (n_rows, n_cols).
-        theta: float32 (nnz,), to be added to the dequantized weights; tensors in file order,
-            indices ascending.
+        theta: float32 (nnz,); sparse entries in file order of the tensors, indices ascending.
         header: Where the delta comes from.
+        edits: GGUF tensor name -> what else is trained there, in the order of theta.
 
     Raises:
         ZoError: On construction, when the parts do not fit together or theta is not finite.
@@ -70,12 +75,16 @@ class Delta:
     shapes: dict[str, tuple[int, int]]
     theta: NDArray[np.float32]
     header: DeltaHeader
+    edits: Edits = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        nnz = sum(indices.size for indices in self.tensors.values())
-        if self.theta.shape != (nnz,):
-            raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {nnz} positions.")
-        check_entries(self._entries(), _KIND)
+        n = self.n_sparse + sum(edit.size for edit in self.edits.values())
+        if self.theta.shape != (n,):
+            raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {n} positions.")
+        if self.tensors or not self.edits:
+            check_entries(self._entries(), _KIND)
+        if not np.isfinite(self.theta).all():
+            raise ZoError("The delta has values that are NaN or infinite; make it again.")
 
     @classmethod
     def from_mask(
@@ -95,9 +104,36 @@ class Delta:
         """Number of tuned weights."""
         return int(self.theta.size)
 
+    @property
+    def n_sparse(self) -> int:
+        """Number of sparse entries."""
+        return sum(indices.size for indices in self.tensors.values())
+
     def slices(self) -> dict[str, slice]:
-        """Where each tensor's entries lie in theta."""
+        """Where each tensor's sparse entries lie in theta."""
         return slices_of(self.tensors)
+
+    def edit_slices(self) -> dict[str, slice]:
+        """Where each edit's masters lie in theta."""
+        result, first = {}, self.n_sparse
+        for name, edit in self.edits.items():
+            result[name] = slice(first, first + edit.size)
+            first += edit.size
+        return result
+
+    @property
+    def live(self) -> dict[str, Live]:
+        """The edits in place."""
+        return {name: edit for name, edit in self.edits.items() if isinstance(edit, Live)}
+
+    @property
+    def low_rank(self) -> dict[str, LowRank]:
+        """The low-rank products."""
+        return {name: edit for name, edit in self.edits.items() if isinstance(edit, LowRank)}
+
+    def with_theta(self, theta: NDArray[np.float32], provenance: dict[str, Any]) -> "Delta":
+        """The same trainable parameters with other masters, (nnz,)."""
+        return replace(self, theta=theta, header=replace(self.header, provenance=provenance))
 
     def as_rows(
         self, name: str
@@ -108,11 +144,17 @@ class Delta:
 
     def check_base(self, gguf: "GgufFile") -> None:
         """Raise ZoError unless `gguf` is the file that this delta was made for."""
-        check_base(gguf, self.header.base_name, self.header.base_sha256, self.shapes, _KIND)
+        shapes = self.shapes | {n: (e.n_rows, e.n_cols) for n, e in self.low_rank.items()}
+        check_base(gguf, self.header.base_name, self.header.base_sha256, shapes, _KIND)
+        for name in self.live:
+            gguf.info(name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta as safetensors, atomically; equal deltas give equal bytes."""
-        write_sparse(path, _KIND, _VALUE, self.header, self._entries())
+        slices = self.edit_slices()
+        arrays = {f"{name}.masters": self.theta[part] for name, part in slices.items()}
+        edits = EditArrays(describe(self.edits), arrays | fixed_arrays(self.edits))
+        write_sparse(path, _KIND, _VALUE, self.header, self._entries(), edits)
 
     @classmethod
     def load(cls, run_or_file: str | os.PathLike[str]) -> "Delta":
@@ -124,12 +166,20 @@ class Delta:
             ZoError: There is no delta, or it is damaged or of an unknown version.
         """
         path = _find(Path(run_or_file))
-        raw, entries = read_sparse(path, _KIND, _VALUE)
+        raw, entries, extra = read_sparse(path, _KIND, _VALUE)
         header = parse_header(DeltaHeader, raw, path)
         check_base_hash(header.base_sha256, path)
-        check_entries(entries, f"{_KIND} {str(path)!r}")
-        theta = np.concatenate([entries.values[name] for name in entries.tensors])
-        return cls(entries.tensors, entries.shapes, theta, header)
+        what = f"{_KIND} {str(path)!r}"
+        edits = parse(extra.rows, extra.arrays, what)
+        if entries.tensors or not edits:
+            check_entries(entries, what)
+        parts = [entries.values[name] for name in entries.tensors]
+        for name, edit in edits.items():
+            masters = extra.arrays.get(f"{name}.masters")
+            if masters is None or masters.shape != (edit.size,) or masters.dtype != np.float32:
+                raise ZoError(f"The {what} has no fitting masters for {name!r}; make it again.")
+            parts.append(masters)
+        return cls(entries.tensors, entries.shapes, np.concatenate(parts), header, edits)
 
     def _entries(self) -> SparseEntries:
         values = {name: self.theta[part] for name, part in self.slices().items()}

@@ -5,7 +5,6 @@ Knows token ids and probes; knows nothing of data files, methods or optimizers.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +12,20 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from zo_gguf.batch import DecodeBatch, build_request, lay_out, pack, reduce_losses
+from zo_gguf.batch import (
+    DecodeBatch,
+    branch_per_example,
+    build_request,
+    lay_out,
+    pack,
+    reduce_losses,
+)
 from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
-from zo_gguf.entries import make_store, open_entries
+from zo_gguf.entries import open_entries
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.handles import NORMAL, Hook
 from zo_gguf.llama import (
     Vocabulary,
     default_threads,
@@ -28,36 +35,13 @@ from zo_gguf.llama import (
     quiet_engine,
 )
 from zo_gguf.mask import Mask
-from zo_gguf.native import Hook, Store
+from zo_gguf.parameters import Parameters
+from zo_gguf.probe import AT_THETA, Matrix, Probes
+from zo_gguf.probe import Probe as Probe
+from zo_gguf.probe import Scores as Scores
 
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One evaluation of the loss, at theta + scale * z(seed); scale 0 is theta itself."""
-
-    seed: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a forward pass over examples gives.
-
-    Attributes:
-        losses: float64 (n_probes, n_examples).
-        correct: float64 (n_probes, n_examples), 1 or 0; NaN where an example has no choices.
-        n_tokens: Tokens that went through the model, over all probes.
-    """
-
-    losses: NDArray[np.float64]
-    correct: NDArray[np.float64]
-    n_tokens: int
-
-
-AT_THETA = (Probe(0, 0.0),)
 
 
 class Engine(Vocabulary):
@@ -74,6 +58,7 @@ class Engine(Vocabulary):
         kv_layout: "unified" (variable lengths side by side in one KV cache) or "split" (every
             sequence in a cache of its own, padded to equal length).
         force_staged: Take the path for device buffers even where tensors are in host memory.
+        distribution: What z is drawn from, NORMAL or RADEMACHER.
 
     Raises:
         ZoError: The file cannot be loaded, or the mask was made for another one.
@@ -90,10 +75,11 @@ class Engine(Vocabulary):
         probes_per_decode: int = 1,
         kv_layout: str = "unified",
         force_staged: bool = False,
+        distribution: int = NORMAL,
     ) -> None:
         if kv_layout not in ("unified", "split"):
             raise ZoError(f"kv_layout is {kv_layout!r}; use 'unified' or 'split'.")
-        self._store: Store | None = None
+        self._parameters: Parameters | None = None
         self._hook: Hook | None = None
         self._context: Any = None
         self._model: Any = None
@@ -105,22 +91,42 @@ class Engine(Vocabulary):
         self.probes_per_decode = probes_per_decode
         self._padded = kv_layout == "split"
         self._library = native_library()
-        super().__init__(load_model(self.gguf.path, n_gpu_layers))
+        in_place = self.mask is not None and bool(self.mask.live)
+        if in_place and probes_per_decode > 1:
+            raise ZoError("Weights edited in place have one value per decode: one probe at a time.")
+        super().__init__(load_model(self.gguf.path, n_gpu_layers, writable=in_place))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        if self.mask is not None:
-            self._store = make_store(self._library, self.mask, self.n_threads)
-        self._hook = Hook(self._library, self._store, self.n_threads, force_staged)
+        if self.mask is None:
+            self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
+        else:
+            self._parameters = Parameters(
+                self._library, self.mask, self.gguf, self.n_threads, distribution
+            )
+            self._hook = self._parameters.hook(self.n_threads, force_staged)
+        if in_place:
+            self._locate()
 
     # ---- trainable parameters --------------------------------------------------------------------
 
     @property
     def nnz(self) -> int:
         """Number of trainable parameters."""
-        return self._store.size if self._store else 0
+        return self._parameters.size if self._parameters else 0
+
+    @property
+    def parameters(self) -> Parameters:
+        """theta and its noise.
+
+        Raises:
+            ZoError: The engine was opened without trainable weights.
+        """
+        if self._parameters is None:
+            raise ZoError("This engine has no trainable weights; open it with a mask.")
+        return self._parameters
 
     def theta(self) -> NDArray[np.float32]:
         """A copy of theta, (nnz,): tensors in file order, indices ascending."""
-        return self._parameters().read()
+        return self.parameters.read()
 
     def set_theta(self, theta: NDArray[np.float32]) -> None:
         """Replace theta, (nnz,).
@@ -128,69 +134,67 @@ class Engine(Vocabulary):
         Raises:
             ZoError: Wrong length, or values that are not finite.
         """
-        store = self._parameters()
-        if theta.shape != (store.size,):
-            raise ZoError(f"theta has shape {theta.shape}, but {store.size} entries are trainable.")
-        if not np.isfinite(theta).all():
-            raise ZoError("theta has NaN or infinite values; lower --learning-rate or --eps.")
-        store.write(theta)
+        self.parameters.write(theta)
 
     def noise(self, seed: int) -> NDArray[np.float32]:
         """z(seed), (nnz,), standard normal; the same bits on every machine."""
-        return self._parameters().noise(seed)
-
-    def _parameters(self) -> Store:
-        if self._store is None:
-            raise ZoError("This engine has no trainable weights; open it with a mask.")
-        return self._store
+        return self.parameters.noise(seed)
 
     # ---- losses ----------------------------------------------------------------------------------
 
-    def losses(
-        self, examples: Sequence[Example], probes: Sequence[Probe] = AT_THETA
-    ) -> NDArray[np.float64]:
+    def losses(self, examples: Sequence[Example], probes: Probes = AT_THETA) -> Matrix:
         """Loss of every example at every probe, float64 (n_probes, n_examples).
 
         The loss is the mean negative log-likelihood of the example's counted tokens; for an
         example with choices, the cross-entropy over the choices' mean log-likelihoods.
+
+        Args:
+            examples: Rows.
+            probes: Each one for all examples, or a list with one for each example.
 
         Raises:
             ZoError: An example does not fit a decode, or the engine's graph is not supported.
         """
         return self.score(examples, probes).losses
 
-    def score(self, examples: Sequence[Example], probes: Sequence[Probe] = AT_THETA) -> Scores:
+    def score(self, examples: Sequence[Example], probes: Probes = AT_THETA) -> Scores:
         """Losses and correctness of every example at every probe; see `losses`."""
         request = build_request(examples)
         nll = np.full((len(probes), request.n_targets), np.nan)
         n_tokens = 0
-        width = self.probes_per_decode
+        shared = all(isinstance(probe, Probe) for probe in probes)
+        width = self.probes_per_decode if shared else 1
         decodes = list(pack(request.sequences, self.ctx_tokens, _MAX_SEQUENCES // width))
         for first in range(0, len(probes), width):
             together = probes[first : first + width]
             for group in decodes:
                 batch = lay_out(group, len(together), self._padded)
-                nll[first + batch.target_branch, batch.slots] = self._decode(batch, together)
+                branches = [probe for probe in together if isinstance(probe, Probe)]
+                if not shared:
+                    batch, present = branch_per_example(batch, group)
+                    (each,) = together
+                    assert not isinstance(each, Probe)
+                    branches = [each[example] for example in present]
+                rows = first + (batch.target_branch if shared else 0)
+                nll[rows, batch.slots] = self._decode(batch, branches)
                 n_tokens += batch.tokens.size
         losses, correct = reduce_losses(request, nll)
         return Scores(losses, correct, n_tokens)
 
     def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:
         assert self._hook is not None
+        branches = [(probe.seed, probe.signs, probe.scale) for probe in probes]
+        if self._parameters is not None:
+            self._parameters.prepare(branches)
         self._make_room(batch)
         self._hook.begin(
-            [(probe.seed, probe.scale) for probe in probes],
+            branches,
             batch.token_branch,
             batch.output_branch,
             batch.target_output,
             batch.target_token,
         )
-        memory = llama_cpp.llama_get_memory(self._context)
-        if memory is None:
-            raise ZoError(f"Models of type {self.gguf.architecture!r} are not causal; use another.")
-        llama_cpp.llama_memory_clear(memory, False)
-        with engine_batch(batch) as native_batch:
-            status = llama_cpp.llama_decode(self._context, native_batch)
+        status = self._run(batch)
         losses = self._hook.end(batch.target_token.size)  # its error explains more than the status
         if status != 0:
             raise ZoError(
@@ -198,6 +202,23 @@ class Engine(Vocabulary):
                 "--ctx-tokens."
             )
         return losses
+
+    def _run(self, batch: DecodeBatch) -> int:
+        memory = llama_cpp.llama_get_memory(self._context)
+        if memory is None:
+            raise ZoError(f"Models of type {self.gguf.architecture!r} are not causal; use another.")
+        llama_cpp.llama_memory_clear(memory, False)
+        with engine_batch(batch) as native_batch:
+            return int(llama_cpp.llama_decode(self._context, native_batch))
+
+    def _locate(self) -> None:
+        """Run one token, so that the hook learns where the weights edited in place lie."""
+        assert self._hook is not None
+        first = Example([max(self.bos_id, 0)] * 2, [False, True])
+        batch = lay_out(build_request([first]).sequences, 1, self._padded)
+        self._make_room(batch)
+        self._hook.begin_any()
+        self._run(batch)
 
     def _make_room(self, batch: DecodeBatch) -> None:
         """Have a context that holds the batch; sizes only grow, so this settles quickly."""
@@ -249,11 +270,11 @@ class Engine(Vocabulary):
         self._free_context()
         if self._hook:
             self._hook.free()
-        if self._store:
-            self._store.free()
+        if self._parameters:
+            self._parameters.free()
         if self._model:
             llama_cpp.llama_model_free(self._model)
-        self._hook = self._store = self._model = None
+        self._hook = self._parameters = self._model = None
 
     def _free_context(self) -> None:
         if self._context:

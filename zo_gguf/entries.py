@@ -1,4 +1,4 @@
-"""From a mask or delta to the native store, with everything refused that the hook cannot tune."""
+"""A mask or delta for one GGUF, with everything refused that the hook cannot tune."""
 
 import os
 
@@ -6,14 +6,15 @@ from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.mask import Mask
-from zo_gguf.native import Library, Store
 from zo_gguf.sparse_file import kind_of
 
 
 def open_entries(
     source: Mask | Delta | str | os.PathLike[str] | None, gguf: GgufFile
-) -> Mask | Delta | None:
+) -> Delta | None:
     """Load a mask or delta if `source` is a path, and check that it belongs to `gguf`.
+
+    A mask becomes a delta whose theta are the residuals.
 
     Raises:
         ZoError: Not a mask or delta, made for another file, or entries in a weight that no plain
@@ -25,9 +26,10 @@ def open_entries(
         is_delta = os.path.isdir(source) or kind_of(source) == "delta"
         source = Delta.load(source) if is_delta else Mask.load(source)
     source.check_base(gguf)
-    for name in source.tensors:
+    delta = source if isinstance(source, Delta) else Delta.from_mask(source, source.theta0(), {})
+    for name in [*delta.tensors, *delta.low_rank]:
         refuse_untunable(name, gguf)
-    return source
+    return delta
 
 
 def refuse_untunable(name: str, gguf: GgufFile) -> None:
@@ -43,12 +45,3 @@ def refuse_untunable(name: str, gguf: GgufFile) -> None:
             f"The embedding {name!r} is read by row, and by the head too where the two are tied, "
             "so it cannot be tuned; leave it out with --exclude."
         )
-
-
-def make_store(library: Library, source: Mask | Delta, n_threads: int) -> Store:
-    """A native store with the source's entries, theta at the residuals or at what was learned."""
-    store = Store(library, n_threads)
-    theta = source.theta if isinstance(source, Delta) else source.theta0()
-    for name, part in source.slices().items():
-        store.add(name, source.shapes[name], source.tensors[name], theta[part])
-    return store

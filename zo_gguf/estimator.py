@@ -1,18 +1,38 @@
-"""Probes -> an estimate of the gradient along random directions.
+"""Probes -> an estimate of the gradient along random directions. One function per estimator.
 
-Two-point SPSA (MeZO, arXiv 2305.17333): g = (L(theta + eps z) - L(theta - eps z)) / (2 eps) is the
-directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0.
+Each returns directions whose mean of projected_grad * z is the step's estimate:
+
+- spsa (MeZO, arXiv 2305.17333): g = (L(theta + eps z) - L(theta - eps z)) / (2 eps), the
+  directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0. With
+  `curvature` (1.5-SPSA, "Probe-space preconditioning", 2026) a direction of curvature
+  c = (L+ - 2 L0 + L-) / eps^2 gets the weight max(1, |c|)^-0.1.
+- fzoo (arXiv 2506.09034): one-sided Rademacher probes, (L_i - L0) divided by the standard deviation
+  of the L_i, so that a step has about the same length whatever the loss.
+- grzo (arXiv 2606.02857): two forwards in which every row has a direction of its own, made from one
+  z by signs per row and column of each matrix; the rows' differences divided by their standard
+  deviation.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example
 from zo_gguf.engine import Engine, Probe, Scores
+from zo_gguf.errors import ZoError
+from zo_gguf.handles import NORMAL, RADEMACHER
 from zo_gguf.trajectory import Direction
 
 _MASK = (1 << 64) - 1
+_CURVATURE_POWER = 0.1
+_TINY = 1e-12  # keeps a step finite where all losses are the same
+Estimate = tuple[tuple[Direction, ...], Scores]
+
+
+def distribution_of(estimator: str) -> int:
+    """What an estimator draws z from."""
+    return RADEMACHER if estimator == "fzoo" else NORMAL
 
 
 def direction_seeds(seed: int, step: int, n: int) -> list[int]:
@@ -28,30 +48,109 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def estimate(
+    engine: Engine, examples: Sequence[Example], config: TuneConfig, step: int
+) -> Estimate:
+    """Measure the loss along a step's directions.
+
+    Args:
+        engine: The model, at theta.
+        examples: The step's rows; the loss is the mean over them.
+        config: The run's options, resolved.
+        step: Steps done.
+
+    Returns:
+        The directions, and the scores behind them.
+
+    Raises:
+        ZoError: The estimator cannot perturb these parameters.
+    """
+    eps = float(config.eps)
+    if config.estimator == "grzo":
+        (seed,) = direction_seeds(config.seed, step, 1)
+        return grzo(engine, examples, seed, eps)
+    assert config.directions is not None
+    seeds = direction_seeds(config.seed, step, config.directions)
+    if config.estimator == "fzoo":
+        return fzoo(engine, examples, seeds, eps)
+    return spsa(engine, examples, seeds, eps, curvature=config.curvature)
+
+
 def spsa(
-    engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float
-) -> tuple[tuple[Direction, ...], Scores]:
-    """Measure the loss on both sides of theta along every direction.
+    engine: Engine,
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    eps: float,
+    *,
+    curvature: bool = False,
+) -> Estimate:
+    """Two-sided probes along every seed's z; `curvature` adds one forward at theta itself.
 
     Args:
         engine: The model, at theta.
         examples: The step's rows; the loss is the mean over them.
         seeds: One per direction.
         eps: Perturbation size, in units of a weight.
-
-    Returns:
-        The directions, and the scores behind them with rows +, -, +, -, ...
+        curvature: Weigh directions by their curvature.
     """
     probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
+    if curvature:
+        probes.append(Probe(0, 0.0))
     scores = engine.score(examples, probes)
-    pairs = scores.losses.mean(axis=1).reshape(-1, 2)  # (n_directions, 2)
-    directions = tuple(
-        Direction(seed, float(plus), float(minus), float((plus - minus) / (2 * eps)))
-        for seed, (plus, minus) in zip(seeds, pairs, strict=True)
-    )
-    return directions, scores
+    means = scores.losses.mean(axis=1)
+    pairs = means[: 2 * len(seeds)].reshape(-1, 2)  # (n_directions, 2)
+    slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
+    if curvature:
+        second = (pairs.sum(axis=1) - 2 * means[-1]) / eps**2
+        slopes *= np.maximum(1.0, np.abs(second)) ** -_CURVATURE_POWER
+    return tuple(map(_direction, seeds, [0] * len(seeds), *pairs.T, slopes)), scores
+
+
+def fzoo(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float) -> Estimate:
+    """One-sided probes along every seed's z, normalized; see the head of this file."""
+    scores = engine.score(examples, [Probe(0, 0.0), *(Probe(seed, eps) for seed in seeds)])
+    here, *there = scores.losses.mean(axis=1)
+    losses = np.array(there)
+    slopes = (losses - here) / (losses.std() + _TINY)
+    n = len(seeds)
+    return tuple(map(_direction, seeds, [0] * n, losses, [here] * n, slopes)), scores
+
+
+def grzo(engine: Engine, examples: Sequence[Example], seed: int, eps: float) -> Estimate:
+    """One direction for each row in two forwards; see the head of this file.
+
+    Raises:
+        ZoError: Not all trainable parameters are sparse entries.
+    """
+    if engine.parameters.delta.edits:
+        raise ZoError(
+            "grzo needs parameters that can differ between the rows of a decode: use it with "
+            "--method sensitive, or another --estimator."
+        )
+    signs = [_mix(seed + row) | 1 for row in range(len(examples))]  # 0 would mean none
+    probes = [[Probe(seed, side * eps, sign) for sign in signs] for side in (1.0, -1.0)]
+    scores = engine.score(examples, probes)
+    plus, minus = scores.losses
+    slopes = (plus - minus) / ((plus - minus).std() + _TINY)
+    return tuple(map(_direction, [seed] * len(signs), signs, plus, minus, slopes)), scores
+
+
+def _direction(seed: int, signs: int, plus: float, minus: float, slope: float) -> Direction:
+    return Direction(seed, signs, float(plus), float(minus), float(slope))
 
 
 def is_finite(directions: Sequence[Direction]) -> bool:
     """Whether every loss of a step is a number."""
-    return all(np.isfinite(d.projected_grad) for d in directions)
+    return all(np.isfinite([d.loss_plus, d.loss_minus, d.projected_grad]).all() for d in directions)
+
+
+def unit_size(config: TuneConfig, slope: float) -> float:
+    """Root mean square of an entry of the gradient estimate, for a default learning rate.
+
+    Args:
+        config: The run's options.
+        slope: That of the projected gradient along one direction.
+    """
+    assert config.directions is not None
+    size = slope if config.estimator == "spsa" else 1.0
+    return size / float(np.sqrt(config.directions))

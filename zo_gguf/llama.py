@@ -54,14 +54,22 @@ def quiet_engine() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
-def load_model(path: Path, n_gpu_layers: int = 0) -> Any:
+def load_model(path: Path, n_gpu_layers: int = 0, writable: bool = False) -> Any:
     """Load a GGUF's weights.
+
+    Args:
+        path: The file.
+        n_gpu_layers: As in llama.cpp.
+        writable: Into memory that may be edited: neither mapped from the file nor repacked.
 
     Raises:
         ZoError: llama.cpp refuses the file; the sentence ends with its reason.
     """
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
+    if writable:
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        params.use_extra_bufts = False
     with quiet_engine() as messages:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)

@@ -117,7 +117,7 @@ class Mask:
         Raises:
             ZoError: The file is missing, damaged, not a mask, or of an unknown version.
         """
-        raw, entries = read_sparse(path, _KIND, _VALUE)
+        raw, entries, _ = read_sparse(path, _KIND, _VALUE)
         header = parse_header(MaskHeader, raw, path)
         check_base_hash(header.base_sha256, path)
         check_entries(entries, f"{_KIND} {os.fspath(path)!r}")

@@ -17,11 +17,12 @@ from zo_gguf.dataset import Example
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.errors import ZoError
 
-_TINY = 1e-6  # far below any weight: what it changes is rounding
+_TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in-place storage
 _FLOOR_SEEDS = 12
 _SLOPE_SEEDS = 8
 _FIRST, _LAST = 4e-3, 0.512
-MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 8 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
+_LEAST = 1e-6  # eps below which nothing is tried
+MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
 _CLEAR = 0.2  # relative noise of the slopes below which such a change can be trusted
 
@@ -79,13 +80,14 @@ def measure_noise(
     Raises:
         ZoError: The loss does not react to perturbations at all, or is not finite.
     """
-    floor = _rms(_differences(engine, examples, _TINY, range(1000, 1000 + _FLOOR_SEEDS)))
+    tiny = max(_TINY, engine.parameters.resolution)
+    floor = _rms(_differences(engine, examples, tiny, range(1000, 1000 + _FLOOR_SEEDS)))
     if eps is not None:
         slope = _rms(_differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps))
         return NoiseReport(eps, floor, slope, floor / (2 * eps) / max(slope, 1e-300))
     ladder: list[float] = []
     rows: list[NDArray[np.float64]] = []  # projected gradients, (n_seeds,) per rung
-    eps = _FIRST
+    eps = first = _FIRST
     with tqdm(desc="choosing eps", unit="eps", disable=None, leave=False) as bar:
         while eps <= _LAST:
             slopes = _differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps)
@@ -93,8 +95,16 @@ def measure_noise(
             rows.append(slopes)
             bar.update(1)
             if len(rows) > 1 and _bends(rows, ladder, floor):
-                break
+                if len(rows) > 2 or first <= max(_LEAST, 4 * tiny):
+                    break
+                # Not linear from the start: the parameters are large in number or in effect.
+                ladder, rows = [], []
+                first = max(first / 8, _LEAST, 4 * tiny)
+                eps = first / 2
             eps *= 2
+    if tiny > _TINY:  # such a step changes the loss by more than noise
+        slope = _rms(rows[0])
+        floor = float(np.sqrt(max(floor**2 - (2 * tiny * slope) ** 2, (floor / 10) ** 2)))
     return _choose(np.array(ladder), np.stack(rows), floor)
 
 

@@ -27,12 +27,16 @@ class Optimizer(Protocol):
         """Change theta, (nnz,), in place."""
 
 
-def gradient_estimate(directions: Sequence[Direction], noise: Callable[[int], Vector]) -> Vector:
-    """Mean over directions of projected_grad * z(seed), float32 (nnz,)."""
+def gradient_estimate(
+    directions: Sequence[Direction], noise: Callable[[int, int], Vector]
+) -> Vector:
+    """Mean over directions of projected_grad * z(seed, signs), float32 (nnz,)."""
     scale = 1.0 / len(directions)
-    total = np.float32(directions[0].projected_grad * scale) * noise(directions[0].seed)
-    for direction in directions[1:]:
-        total += np.float32(direction.projected_grad * scale) * noise(direction.seed)
+    first, *others = directions
+    total = np.float32(first.projected_grad * scale) * noise(first.seed, first.signs)
+    for direction in others:
+        z = noise(direction.seed, direction.signs)
+        total += np.float32(direction.projected_grad * scale) * z
     return total
 
 
@@ -106,16 +110,16 @@ def check_optimizer(name: str) -> None:
         raise ZoError(f"There is no optimizer {name!r}{nearest(name, OPTIMIZERS)} Known: {known}.")
 
 
-def default_learning_rate(optimizer: str, eps: float, slope: float) -> float:
+def default_learning_rate(optimizer: str, eps: float, size: float) -> float:
     """A learning rate that moves a weight by a fixed fraction of eps per step.
 
     eps is the distance over which the loss was found to be linear, and so the natural unit of a
-    step. Adam moves a weight by about lr whatever the loss; sgd by lr times the projected gradient.
+    step. Adam moves a weight by about lr whatever the loss; sgd by lr times the estimate.
 
     Args:
         optimizer: A key of OPTIMIZERS.
         eps: Perturbation size.
-        slope: Root mean square of the projected gradient.
+        size: Root mean square of an entry of the gradient estimate.
     """
     distance = _STEP_FRACTION * eps
-    return float(f"{distance if optimizer == 'adam' else distance / slope:.2g}")
+    return float(f"{distance if optimizer == 'adam' else distance / size:.2g}")

@@ -1,5 +1,6 @@
 """`zo-gguf plan` (= `tune --dry-run`): what a run will take, measured, without training."""
 
+import dataclasses
 import json
 import os
 import time
@@ -12,11 +13,11 @@ from zo_gguf.config import TuneConfig
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import DoesNotFitError
-from zo_gguf.estimator import direction_seeds, spsa
+from zo_gguf.estimator import estimate
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.methods import find_method
 from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
+from zo_gguf.trainable import Trainable
 from zo_gguf.tune import load_rows
 
 _TIMED_STEPS = 3
@@ -80,7 +81,7 @@ def plan(config: TuneConfig) -> PlanResult:
         DoesNotFitError: The weights alone exceed the free memory, or the run's files the disk.
         ZoError: As `tune`.
     """
-    method = find_method(config.method)(config)
+    method = Trainable(config)
     weights = sum(info.n_bytes for info in GgufFile(config.model).tensors.values())
     available = int(psutil.virtual_memory().available)
     if weights > available and config.n_gpu_layers == 0:
@@ -92,13 +93,12 @@ def plan(config: TuneConfig) -> PlanResult:
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.examples_per_step, config.seed)
+        trial = dataclasses.replace(config, eps=_TRIAL_EPS)
         seconds, tokens = [], []
         for step in range(-1, _TIMED_STEPS):  # the first one warms up
             rows = draw(max(step, 0))
             started = time.perf_counter()
-            _, scores = spsa(
-                engine, rows, direction_seeds(config.seed, step + 1, config.directions), _TRIAL_EPS
-            )
+            _, scores = estimate(engine, rows, trial, step + 1)
             if step >= 0:
                 seconds.append(time.perf_counter() - started)
                 tokens.append(scores.n_tokens)
@@ -128,7 +128,7 @@ def plan(config: TuneConfig) -> PlanResult:
 
 def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
     """Steps, validations, and the forward passes that choose eps."""
-    forward = per_step / (2 * config.directions)
+    forward = per_step / config.forwards_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
     per_validation = forward * n_valid / config.examples_per_step
@@ -138,7 +138,7 @@ def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
     """Three deltas with their positions, the state, the trajectory and the metrics."""
-    record = 20 + 32 * config.directions
+    record = 20 + 40 * (config.directions or 1)
     return 3 * 2 * theta + theta + optimizer + config.iters * (record + 250)
 
 

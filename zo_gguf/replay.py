@@ -10,8 +10,8 @@ from tqdm import tqdm
 from zo_gguf.config import ReplayConfig
 from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
-from zo_gguf.methods import find_method
 from zo_gguf.run import first_state, open_trajectory, require_run
+from zo_gguf.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def replay(config: ReplayConfig) -> ReplayResult:
     run = require_run(config.run)
     if config.output and os.path.exists(config.output) and not config.overwrite:
         raise ZoError(f"{config.output!r} exists; give another -o or --overwrite.")
-    method = find_method(run.config.method)(run.config)
-    trajectory = open_trajectory(run, method)
+    trainable = Trainable(run.config)
+    trajectory = open_trajectory(run, trainable)
     finished = run.path / "delta.safetensors"
     known = Delta.load(finished) if finished.is_file() else None
     step = config.step
@@ -56,18 +56,19 @@ def replay(config: ReplayConfig) -> ReplayResult:
         step = known.header.provenance["step"] if known else trajectory.n_records
     if step > trajectory.n_records:
         raise ZoError(f"Step {step} was not reached; the trajectory has {trajectory.n_records}.")
-    state = first_state(method, run.config.optimizer)
+    state = first_state(trainable, run.config.optimizer)
+    trainable.place(state.theta, 0)
     with tqdm(total=step, desc="replay", unit="step", disable=None, leave=False) as bar:
         for record in trajectory.records():
             if record.step > step:
                 break
-            state.apply(record, method)
+            state.apply(record, trainable)
             bar.update(1)
-    delta = method.to_delta(state.theta, {"step": step, "replayed": True})
+    delta = trainable.to_delta(state.theta, {"step": step, "replayed": True})
     identical = None
     if known is not None and known.header.provenance["step"] == step:
         identical = bool(np.array_equal(known.theta.view(np.uint32), state.theta.view(np.uint32)))
-        delta = method.to_delta(state.theta, known.header.provenance)
+        delta = trainable.to_delta(state.theta, known.header.provenance)
     if config.output:
         delta.save(Path(config.output))
     return ReplayResult(delta, step, identical, config.output)

@@ -9,8 +9,8 @@ from typing import Any
 
 from zo_gguf.delta import Delta
 from zo_gguf.files import atomic_write, sha256_file
-from zo_gguf.methods.base import Method
 from zo_gguf.run import Run, State
+from zo_gguf.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class TuneResult:
         return "\n".join(lines)
 
 
-def finish(run: Run, method: Method, state: State) -> TuneResult:
+def finish(run: Run, trainable: Trainable, state: State) -> TuneResult:
     """Write delta.safetensors, summary.json, env.json and loss.png; see `TuneResult`."""
     best = run.best_step()
     if best is None:
         best = state.step
-        delta = method.to_delta(state.theta, {"step": best, "seed": run.config.seed})
+        delta = trainable.to_delta(state.theta, {"step": best, "seed": run.config.seed})
     else:
         delta = Delta.load(run.checkpoint("best"))
     delta.save(run.path / "delta.safetensors")
@@ -92,6 +92,8 @@ def environment(run: Run) -> dict[str, Any]:
     files = {}
     for name in ("model", "mask", "data"):
         path = Path(getattr(run.config, name))
+        if name == "mask" and not path.exists():
+            continue  # a method without a mask
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
             files[str(file)] = sha256_file(file)
     return {

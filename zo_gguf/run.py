@@ -27,8 +27,8 @@ from safetensors.numpy import save as serialize
 from zo_gguf.config import TuneConfig, load_config, save_config
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
-from zo_gguf.methods.base import Method
 from zo_gguf.optimizer import OPTIMIZERS, Optimizer, check_optimizer, gradient_estimate
+from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
 
 _STEP_KEY = "step"
@@ -43,23 +43,28 @@ class State:
     theta: NDArray[np.float32]  # (nnz,)
     optimizer: Optimizer
 
-    def apply(self, record: Record, method: Method) -> None:
-        """Commit a step. The only place where theta changes, while tuning and replaying alike."""
+    def apply(self, record: Record, trainable: Trainable) -> None:
+        """Commit a step. The only place where theta changes, while tuning and replaying alike.
+
+        Raises:
+            ZoError: theta is not finite any more.
+        """
         assert record.step == self.step + 1
-        with np.errstate(over="ignore", invalid="ignore"):  # the engine refuses it
-            gradient = gradient_estimate(record.directions, method.noise)
+        with np.errstate(over="ignore", invalid="ignore"):  # `place` refuses it
+            gradient = gradient_estimate(record.directions, trainable.noise)
             self.optimizer.update(self.theta, gradient, record.lr)
         self.step = record.step
+        trainable.place(self.theta, self.step)
 
 
-def first_state(method: Method, optimizer: str) -> State:
+def first_state(trainable: Trainable, optimizer: str) -> State:
     """The state before the first step.
 
     Raises:
         ZoError: There is no such optimizer.
     """
     check_optimizer(optimizer)
-    theta = method.theta0()
+    theta = trainable.theta0()
     return State(0, theta, OPTIMIZERS[optimizer](theta.size))
 
 
@@ -181,13 +186,13 @@ class Run:
             note = json.dumps({_STEP_KEY: state.step, "sha256": digest(*arrays.values())})
             file.write(serialize(arrays, metadata={_NOTE_KEY: note}))
 
-    def load_state(self, method: Method, last_step: int) -> State:
+    def load_state(self, trainable: Trainable, last_step: int) -> State:
         """The newest saved state, or the first one where none was saved.
 
         Raises:
             ZoError: The checkpoint is damaged, of another mask, or ahead of the trajectory.
         """
-        state = first_state(method, self.config.optimizer)
+        state = first_state(trainable, self.config.optimizer)
         path = self.checkpoint("state")
         if not path.is_file():
             return state
@@ -204,7 +209,7 @@ class Run:
             raise ZoError(f"The checkpoint is damaged ({error}); {fix}.") from error
         for name, value in wanted.items():
             if loaded[name].shape != value.shape or loaded[name].dtype != value.dtype:
-                raise ZoError(f"The checkpoint does not belong to this mask ({name}); {fix}.")
+                raise ZoError(f"The checkpoint does not belong to this run ({name}); {fix}.")
             value[...] = loaded[name]
         if not 0 <= step <= last_step:
             raise ZoError(
@@ -228,7 +233,7 @@ _OWN_FILES = (
 )
 
 
-def open_trajectory(run: Run, method: Method) -> Trajectory:
+def open_trajectory(run: Run, trainable: Trainable) -> Trajectory:
     """The run's trajectory, made if the run has not begun; checked against base and options.
 
     Raises:
@@ -236,12 +241,13 @@ def open_trajectory(run: Run, method: Method) -> Trajectory:
     """
     header = {
         "directions": run.config.directions,
+        "estimator": run.config.estimator,
         "optimizer": run.config.optimizer,
         "method": run.config.method,
         "seed": run.config.seed,
-        "base_sha256": method.base_sha256,
-        "nnz": int(method.theta0().size),
-        "theta0_sha256": digest(method.theta0()),
+        "base_sha256": trainable.base_sha256,
+        "nnz": int(trainable.theta0().size),
+        "theta0_sha256": digest(trainable.theta0()),
     }
     if not run.trajectory_path.exists():
         return Trajectory.create(run.trajectory_path, header)

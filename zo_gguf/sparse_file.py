@@ -1,8 +1,10 @@
 """The layout that mask and delta files share: safetensors with, per tensor, indices and values.
 
 `<tensor>.indices` holds sorted flat indices (int32 where they fit, else int64), `<tensor>.<value>`
-as many f32 values. One metadata entry holds JSON: kind, header, shapes in base file order, and a
-SHA-256 of the arrays, so that a damaged file is noticed. What the values mean is not known here.
+as many f32 values. A delta may have edits too (see `edits`): `<tensor>.masters`, and `.left` and
+`.right` where their subspace is fixed. One metadata entry holds JSON: kind, header, shapes in base
+file order, and a SHA-256 of the arrays, so that a damaged file is noticed. What the values mean is
+not known here.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import json
 import os
 import types
 import typing
+from collections.abc import Container
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -38,6 +41,17 @@ class SparseEntries(NamedTuple):
     tensors: dict[str, NDArray[np.int64]]
     values: dict[str, NDArray[np.float32]]
     shapes: dict[str, tuple[int, int]]
+
+
+class EditArrays(NamedTuple):
+    """The rest of a delta: a row of JSON values per edited tensor, name first, and arrays."""
+
+    rows: list[list[Any]]
+    arrays: dict[str, NDArray[Any]]
+
+
+NO_EDITS = EditArrays([], {})
+_EDIT_ARRAYS = ("masters", "left", "right")
 
 
 def check_entries(entries: SparseEntries, what: str) -> None:
@@ -85,7 +99,12 @@ def _problem(
 
 
 def write_sparse(
-    path: str | os.PathLike[str], kind: str, value_name: str, header: Any, entries: SparseEntries
+    path: str | os.PathLike[str],
+    kind: str,
+    value_name: str,
+    header: Any,
+    entries: SparseEntries,
+    edits: EditArrays = NO_EDITS,
 ) -> None:
     """Write a file atomically; the same content always gives the same bytes.
 
@@ -95,6 +114,7 @@ def write_sparse(
         value_name: Suffix of the value arrays.
         header: A dataclass of JSON values.
         entries: Checked content.
+        edits: More of it.
     """
     arrays: dict[str, NDArray[Any]] = {}
     for name, indices in entries.tensors.items():
@@ -102,12 +122,16 @@ def write_sparse(
         dtype = np.int32 if n_rows * n_cols <= np.iinfo(np.int32).max else np.int64
         arrays[f"{name}.indices"] = np.ascontiguousarray(indices, dtype=dtype)
         arrays[f"{name}.{value_name}"] = np.ascontiguousarray(entries.values[name])
+    for name in _edit_names(edits.rows, edits.arrays):
+        arrays[name] = np.ascontiguousarray(edits.arrays[name])
     document = {
         "kind": kind,
         "header": asdict(header),
         "tensors": [[name, *shape] for name, shape in entries.shapes.items()],
         "sha256": _digest(arrays),
     }
+    if edits.rows:
+        document["edits"] = edits.rows
     text = json.dumps(document, sort_keys=True, allow_nan=False)
     with atomic_write(path) as file:
         file.write(serialize(arrays, metadata={_METADATA_KEY: text}))
@@ -115,12 +139,12 @@ def write_sparse(
 
 def read_sparse(
     path: str | os.PathLike[str], kind: str, value_name: str
-) -> tuple[dict[str, Any], SparseEntries]:
+) -> tuple[dict[str, Any], SparseEntries, EditArrays]:
     """Read a file written by `write_sparse`.
 
     Returns:
-        The header as a dict of JSON values (see `parse_header`) and the entries, whose layout and
-        checksum are verified; `check_entries` is left to the caller.
+        The header as a dict of JSON values (see `parse_header`), the entries and the edits, whose
+        layout and checksum are verified; `check_entries` is left to the caller.
 
     Raises:
         ZoError: The file is missing, damaged, of another kind or of an unknown format version.
@@ -130,6 +154,9 @@ def read_sparse(
         with safe_open(path, framework="numpy") as file:
             document = _document(path, kind, file.metadata())
             names = _expected_arrays(document["tensors"], value_name)
+            rows = document.get("edits", [])
+            if names is not None:
+                names += _edit_names(rows, file.keys())
             if names is None or sorted(names) != sorted(file.keys()):
                 raise ZoError(f"The {kind} {str(path)!r} lists other tensors than it holds.")
             arrays = {name: file.get_tensor(name) for name in names}
@@ -149,7 +176,12 @@ def read_sparse(
         entries.tensors[name] = indices.astype(np.int64, copy=False)
         entries.values[name] = arrays[f"{name}.{value_name}"]
         entries.shapes[name] = (n_rows, n_cols)
-    return document["header"], entries
+    return document["header"], entries, EditArrays(rows, arrays)
+
+
+def _edit_names(rows: list[list[Any]], present: Container[str]) -> list[str]:
+    names = [f"{row[0]}.{suffix}" for row in rows for suffix in _EDIT_ARRAYS]
+    return [name for name in names if name in present]
 
 
 def parse_header(header_type: type[T], raw: dict[str, Any], path: str | os.PathLike[str]) -> T:
@@ -189,7 +221,8 @@ def _document(path: Path, kind: str, metadata: dict[str, str] | None) -> dict[st
     if not metadata or _METADATA_KEY not in metadata:
         raise ZoError(f"{str(path)!r} is a safetensors file, but not a zo-gguf {kind}.")
     document = json.loads(metadata[_METADATA_KEY])
-    if not isinstance(document, dict) or set(document) != {"kind", "header", "tensors", "sha256"}:
+    keys = {"kind", "header", "tensors", "sha256"}
+    if not isinstance(document, dict) or set(document) - {"edits"} != keys:
         raise ValueError("its header is incomplete")
     if document["kind"] != kind:
         raise ZoError(f"{str(path)!r} is a {document['kind']}, but a {kind} is needed here.")

@@ -1,9 +1,9 @@
 """The trajectory: seeds and projected gradients of every step, enough to replay a run.
 
 Layout: 8 bytes magic, u32 length and u32 CRC of a JSON header, the header, then records of one
-size: u64 step, f64 lr, and per direction u64 seed, f64 loss at +eps, f64 loss at -eps, f64
-projected gradient, closed by a CRC-32. Little-endian. A record is one write, so a killed run leaves
-at most a short last record, which is dropped; anything else that does not check is an error.
+size: u64 step, f64 lr, and per direction u64 seed, u64 signs, f64 loss at +eps, f64 loss at -eps,
+f64 projected gradient, closed by a CRC-32. Little-endian. A record is one write, so a killed run
+leaves at most a short last record, which is dropped; anything else that does not check is an error.
 """
 
 import json
@@ -18,22 +18,24 @@ from typing import IO, Any
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
 
-MAGIC = b"ZOTRAJ1\n"
+MAGIC = b"ZOTRAJ2\n"
 _PREFIX = struct.Struct("<8sII")
 _STEP = struct.Struct("<Qd")
-_DIRECTION = struct.Struct("<Qddd")
+_DIRECTION = struct.Struct("<QQddd")
 _CRC = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One symmetric probe: losses at theta + eps z(seed) and theta - eps z(seed).
+    """Losses at theta + eps z(seed, signs) and theta - eps z (theta itself, if one-sided).
 
-    `projected_grad` is (loss_plus - loss_minus) / (2 eps), after clipping if there was any.
+    The step's gradient estimate is the mean over directions of projected_grad * z, for spsa
+    (loss_plus - loss_minus) / (2 eps), after clipping if there was any.
     """
 
     seed: int
+    signs: int
     loss_plus: float
     loss_minus: float
     projected_grad: float
@@ -163,7 +165,7 @@ def _record_size(directions: int) -> int:
 def _pack(record: Record) -> bytes:
     body = _STEP.pack(record.step, record.lr)
     for d in record.directions:
-        body += _DIRECTION.pack(d.seed, d.loss_plus, d.loss_minus, d.projected_grad)
+        body += _DIRECTION.pack(d.seed, d.signs, d.loss_plus, d.loss_minus, d.projected_grad)
     return body + _CRC.pack(zlib.crc32(body))
 
 

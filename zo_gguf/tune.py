@@ -11,24 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zo_gguf.clip import Clip
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example, load_train_valid
 from zo_gguf.delta import Delta
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
-from zo_gguf.estimator import direction_seeds, is_finite, spsa
+from zo_gguf.estimator import estimate, is_finite, unit_size
 from zo_gguf.evaluate import EvalResult, measure
 from zo_gguf.files import require_file
 from zo_gguf.interrupt import Interrupt
-from zo_gguf.methods import find_method
-from zo_gguf.methods.base import Method
 from zo_gguf.noise import measure_noise
 from zo_gguf.optimizer import check_optimizer, default_learning_rate
 from zo_gguf.progress import Progress
 from zo_gguf.report import TuneResult, finish
 from zo_gguf.run import Run, State, open_trajectory
 from zo_gguf.schedule import learning_rate
+from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
 
 
@@ -37,12 +37,13 @@ class Session:
     """Everything the loop needs, opened."""
 
     run: Run
-    method: Method
+    trainable: Trainable
     engine: Engine
     draw: Draw
     valid: Sequence[Example]
     trajectory: Trajectory
     state: State
+    clip: Clip
 
     @property
     def config(self) -> TuneConfig:
@@ -79,26 +80,28 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     """Open everything, run the loop, report. Nothing is written before all input was read."""
     check_optimizer(config.optimizer)
     require_file(config.model, "model")
-    method = find_method(config.method)(config)
-    with method.open_engine() as engine:
+    trainable = Trainable(config)
+    with trainable.open_engine() as engine:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.examples_per_step, config.seed)
         run = open_run()
-        trajectory = open_trajectory(run, method)
+        trajectory = open_trajectory(run, trainable)
         try:
             run.reload_metrics(trajectory.n_records)
-            state = run.load_state(method, trajectory.n_records)
+            state = run.load_state(trainable, trajectory.n_records)
+            trainable.place(state.theta, state.step)
+            clip = Clip(config.clip)
             for record in trajectory.records():
+                clip.remember(record.directions)
                 if record.step > state.step:
-                    state.apply(record, method)
-            engine.set_theta(state.theta)
-            session = Session(run, method, engine, draw, valid, trajectory, state)
+                    state.apply(record, trainable)
+            session = Session(run, trainable, engine, draw, valid, trajectory, state, clip)
             _resolve(session)
             with Interrupt() as interrupt:
                 _loop(session, interrupt)
         finally:
             trajectory.close()
-        return finish(run, method, state)
+        return finish(run, trainable, state)
 
 
 def _resolve(session: Session) -> None:
@@ -109,7 +112,7 @@ def _resolve(session: Session) -> None:
         report = measure_noise(engine, rows, None if config.eps == "auto" else float(config.eps))
         print(report.render(), file=sys.stderr)
         rate = config.learning_rate or default_learning_rate(
-            config.optimizer, report.eps, report.slope
+            config.optimizer, report.eps, unit_size(config, report.slope)
         )
         config = dataclasses.replace(config, eps=report.eps, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
@@ -137,7 +140,6 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
     """The step loop."""
     config, state = session.config, session.state
     engine, run = session.engine, session.run
-    eps = float(config.eps)
     with Progress(config, state.step) as progress:
         while True:
             if _validation_due(session):
@@ -148,18 +150,18 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 _save(session)
                 interrupt.leave(run)
             rows = session.draw(state.step)
-            seeds = direction_seeds(config.seed, state.step, config.directions)
-            directions, scores = spsa(engine, rows, seeds, eps)
+            directions, scores = estimate(engine, rows, config, state.step)
             if not is_finite(directions):
                 _save(session)
                 raise ZoError(
                     f"The loss is not finite at step {state.step + 1}; start again with a lower "
                     "--learning-rate or --eps. The best checkpoint is kept."
                 )
+            directions = session.clip(directions)
+            session.clip.remember(directions)
             record = Record(state.step + 1, learning_rate(config, state.step), directions)
             session.trajectory.append(record)
-            state.apply(record, session.method)
-            engine.set_theta(state.theta)
+            state.apply(record, session.trainable)
             progress.stepped(record, scores, run)
             if state.step % config.save_every == 0:
                 _save(session)
@@ -190,7 +192,7 @@ def _to_delta(session: Session, result: EvalResult | None = None) -> Delta:
     provenance: dict[str, Any] = {"step": session.state.step, "seed": session.config.seed}
     if result is not None:
         provenance["valid_loss"] = result.loss
-    return session.method.to_delta(session.state.theta, provenance)
+    return session.trainable.to_delta(session.state.theta, provenance)
 
 
 def _out_of_patience(session: Session) -> bool:

@@ -1,22 +1,67 @@
-"""The methods: what is trained, and how the engine is perturbed. One file and one line each."""
+"""The methods: what is trained. One file and one line each.
 
+A method is a function from the options and the base to a `Delta`: which parameters are trained, and
+the theta they start at. Everything else (perturbing, committing, saving, merging) follows from it.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.errors import ZoError
-from zo_gguf.methods.base import Method
-from zo_gguf.methods.sensitive import Sensitive
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.methods.block_scale import block_scale
+from zo_gguf.methods.dense import dense
+from zo_gguf.methods.lora import lora
+from zo_gguf.methods.magnitude import magnitude
+from zo_gguf.methods.sensitive import sensitive
+from zo_gguf.methods.subspace import subspace
 from zo_gguf.options import nearest
 
-METHODS: dict[str, type[Method]] = {
-    "sensitive": Sensitive,
+METHODS: dict[str, Callable[[TuneConfig, GgufFile], Delta]] = {
+    "sensitive": sensitive,
+    "magnitude": magnitude,
+    "block-scale": block_scale,
+    "subspace": subspace,
+    "lora": lora,
+    "dense": dense,
 }
 
 
-def find_method(name: str) -> type[Method]:
-    """The method called `name`.
+def check_method(name: str) -> None:
+    """Raise ZoError unless `name` is a method, or several joined by "+"."""
+    for part in name.split("+"):
+        if part not in METHODS:
+            known = ", ".join(METHODS)
+            raise ZoError(f"There is no method {part!r}{nearest(part, METHODS)} Known: {known}.")
+
+
+def start(config: TuneConfig, gguf: GgufFile) -> Delta:
+    """What a run trains, at its first theta; "a+b" trains the parameters of both.
 
     Raises:
-        ZoError: There is none.
+        ZoError: There is no such method, an option or the base does not fit, or two methods train
+            the same tensor in ways that exclude each other.
     """
-    if name not in METHODS:
-        known = ", ".join(METHODS)
-        raise ZoError(f"There is no method {name!r}{nearest(name, METHODS)} Known: {known}.")
-    return METHODS[name]
+    check_method(config.method)
+    deltas = [METHODS[part](config, gguf) for part in config.method.split("+")]
+    if len(deltas) == 1:
+        return deltas[0]
+    sparse = [delta for delta in deltas if delta.tensors]
+    edited = [name for delta in deltas for name in delta.edits]
+    if len(sparse) > 1 or len(set(edited)) < len(edited):
+        raise ZoError(
+            f"The methods of {config.method!r} train the same weights; combine sparse entries with "
+            "edits of other kinds, such as sensitive+block-scale."
+        )
+    parts = [delta.theta[: delta.n_sparse] for delta in sparse]
+    parts += [delta.theta[delta.n_sparse :] for delta in deltas]
+    return Delta(
+        sparse[0].tensors if sparse else {},
+        sparse[0].shapes if sparse else {},
+        np.concatenate(parts),
+        DeltaHeader(gguf.path.name, deltas[0].header.base_sha256, config.method),
+        {name: edit for delta in deltas for name, edit in delta.edits.items()},
+    )

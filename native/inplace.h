@@ -1,0 +1,43 @@
+// Masters of values inside loaded weights, and the live bytes that follow from them.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ggml.h"
+#include "zo.h"
+
+namespace zo {
+
+struct inplace_tensor {
+    std::string        name;
+    zo_field           field{};
+    std::vector<float> base;
+    int64_t            n_bytes = 0;
+    int64_t            offset  = 0;  // of the first value in theta
+    uint32_t           id      = 0;  // the noise's tensor number
+    ggml_tensor *      live    = nullptr;
+    std::vector<char>  copy;  // of the live bytes, where those are not host memory
+    std::string        problem;
+};
+
+}  // namespace zo
+
+struct zo_inplace {
+    zo_distribution                 distribution = ZO_NORMAL;
+    int                             n_threads    = 1;
+    bool                            force_staged = false;
+    std::vector<zo::inplace_tensor> tensors;
+    std::vector<float>              theta;
+    size_t                          n_found = 0;
+
+    // Notes where a tensor lies, while some are not found yet.
+    void look(const ggml_tensor * node);
+    void find(ggml_tensor * tensor);
+    // Live values [first, first + n) of a tensor in a branch, not yet rounded to its storage.
+    void values(const zo::inplace_tensor & t, const zo_branch & branch, int64_t first, int64_t n,
+                float * live) const;
+    void noise(const zo::inplace_tensor & t, uint64_t seed, int64_t first, int64_t n, float * z) const;
+};

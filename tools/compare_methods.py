@@ -1,0 +1,183 @@
+"""Every method on one task with the same number of forward tokens: which one learns most?
+
+    .venv/bin/python tools/compare_methods.py --models DIR --name tiny-llama --data DIR --out DIR
+
+The folder of models holds NAME-QUANT.gguf with .mask.safetensors, as `zo-gguf export` writes them;
+other masks lie beside them as NAME-QUANT.SCORE.mask.safetensors, or in a folder SCORE. Each entry
+gets its own learning rate, searched on a quarter of the budget with seed 0, and then runs over the
+whole budget with every seed. An interrupted comparison goes on where it stopped; after a change of
+a model, mask or the data take a new --out.
+
+The entries are in `compare_entries`, their runs in `compare_runs`, table and plot in
+`compare_plot`, the bound by backpropagation in `first_order`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compare_entries import ENTRIES, REFERENCE, Entry
+from compare_plot import Report
+from compare_runs import Failed, Task, call, compare, evaluate
+
+from zo_gguf.batch import build_request
+from zo_gguf.dataset import load_examples, resolve_split
+from zo_gguf.engine import Engine
+from zo_gguf.errors import ZoError
+from zo_gguf.files import atomic_write, require_file
+
+FIRST_ORDER = Path(__file__).resolve().parent / "first_order.py"
+
+
+def row_tokens(model: Path, data: Path) -> float:
+    """Mean forward tokens of a training row, over all rows that steps draw from."""
+    with Engine(model, n_threads=1) as engine:
+        rows = load_examples(data, engine, split="train")
+    return sum(sequence.tokens.size for sequence in build_request(rows).sequences) / len(rows)
+
+
+def measure_base(task: Task, quant: str) -> dict[str, Any]:
+    """Validation and test rows of the untouched model."""
+    return cached(
+        task.out / quant / "base.json",
+        lambda log: {
+            split: json.loads(evaluate(log, str(task.model(quant)), str(task.data), split))
+            for split in ("valid", "test")
+        },
+    )
+
+
+def measure_bound(task: Task, quant: str, hf: Path) -> dict[str, Any]:
+    """The entries of the default mask trained by backpropagation."""
+    words = ["--hf", hf, "-m", task.model(quant), "--data", task.data, "-t", 1, "--json"]
+    command = [sys.executable, str(FIRST_ORDER), *map(str, words)]
+    return cached(
+        task.out / quant / "first-order.json",
+        lambda log: dict(json.loads(call(log.with_name(f"{log.name}.log"), command))),
+    )
+
+
+def cached(path: Path, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What stands in `path`, or what `measure` finds, with `path` without suffix for its logs."""
+    if not path.is_file():
+        found = measure(path.with_suffix(""))
+        with atomic_write(path) as file:
+            file.write(json.dumps(found).encode())
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def run(
+    task: Task, entries: Sequence[Entry], quants: Sequence[str], jobs: int, hf: Path | None
+) -> Report:
+    """Compare; the report is written anew whenever an entry is done."""
+    settings = {
+        "model": task.name,
+        "data": task.data.name,
+        "forward tokens": f"{task.budget:g}",
+        "tokens of a row": f"{task.row_tokens:.1f}",
+        "seeds": task.n_seeds,
+    }
+    report = Report(settings, REFERENCE)
+    wanted = [(q, e) for q in quants for e in entries if e.applies(q)]
+    order = [(quant, entry.label) for quant, entry in wanted]
+    # Processes wait for a place in `pool`; an entry waits for its processes in a thread of its own.
+    pool, waiting = ThreadPoolExecutor(jobs), ThreadPoolExecutor(jobs)
+    try:
+        base = {quant: pool.submit(measure_base, task, quant) for quant in quants}
+        bounds = {quant: pool.submit(measure_bound, task, quant, hf) for quant in quants if hf}
+        futures = [waiting.submit(compare, task, entry, quant, pool) for quant, entry in wanted]
+        take(base, report.base, "untouched model")
+        take(bounds, report.bounds, "first-order bound")
+        for future in as_completed(futures):
+            outcome = future.result()
+            say(f"{outcome.quant}, {outcome.label}: {outcome.failure or 'done'}")
+            report.outcomes.append(outcome)
+            report.outcomes.sort(key=lambda o: order.index((o.quant, o.label)))
+            report.write(task.out)
+    finally:
+        for executor in (waiting, pool):
+            executor.shutdown(wait=False, cancel_futures=True)
+    return report
+
+
+def take(
+    futures: dict[str, Future[dict[str, Any]]], into: dict[str, dict[str, Any]], what: str
+) -> None:
+    """Collect what was measured, and say what could not be."""
+    for quant, future in futures.items():
+        try:
+            into[quant] = future.result()
+        except Failed as error:
+            say(f"{quant}, {what}: {error}")
+
+
+def say(line: str) -> None:
+    print(f"compare_methods.py: {line}", file=sys.stderr, flush=True)
+
+
+def prepare(options: argparse.Namespace) -> tuple[Task, list[Entry]]:
+    """The task, and the entries to compare.
+
+    Raises:
+        ZoError: A file is missing or an option makes no sense.
+    """
+    for name in ("tokens", "seeds", "jobs"):
+        if getattr(options, name) < 1:
+            raise ZoError(f"--{name} must be at least 1, not {getattr(options, name):g}.")
+    try:
+        entries = [entry for entry in ENTRIES if re.search(options.only, entry.label)]
+    except re.error as error:
+        raise ZoError(f"--only {options.only!r} is no regular expression: {error}.") from error
+    if not entries:
+        known = "; ".join(entry.label for entry in ENTRIES)
+        raise ZoError(f"--only {options.only!r} matches none of: {known}.")
+    if not options.data.is_dir():
+        raise ZoError(f"--data {str(options.data)!r} is no folder with train, valid and test rows.")
+    for split in ("train", "valid", "test"):
+        resolve_split(options.data, split)
+    paths = {name: getattr(options, name).resolve() for name in ("models", "data", "out")}
+    task = Task(
+        **paths, name=options.name, budget=options.tokens, n_seeds=options.seeds, row_tokens=0.0
+    )
+    for quant in options.quant:
+        require_file(task.model(quant), "model")
+    mean = row_tokens(task.model(options.quant[0]), task.data)
+    return replace(task, row_tokens=mean), entries
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--models", type=Path, required=True, help="folder of GGUFs and masks")
+    parser.add_argument("--name", required=True, help="file name before -QUANT.gguf")
+    parser.add_argument("--data", type=Path, required=True, help="folder: train, valid, test.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
+    parser.add_argument("--quant", nargs="+", default=["Q4_0"], help="default: Q4_0")
+    parser.add_argument("--tokens", type=float, default=1.6e6, help="budget per run (%(default)g)")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--only", default="", metavar="REGEX", help="entries whose label matches")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
+    parser.add_argument("--hf", type=Path, help="Hugging Face folder, for the first-order bound")
+    options = parser.parse_args(argv)
+    try:
+        task, entries = prepare(options)
+        report = run(task, entries, options.quant, options.jobs, options.hf)
+    except ZoError as error:
+        say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on where it stopped.")
+        return 130
+    print(report.markdown(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What may be trained besides sparse entries: values inside weights, and low-rank products.
+
+Only shapes and fixed data; the masters lie in a `Delta`'s theta, and how the engine is told of them
+stands in `parameters`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.errors import ZoError
+
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Live:
+    """Values inside a weight's bytes, edited in place.
+
+    Attributes:
+        kind: "scale" (the f16 scales of quantization blocks, and minima where the type has them) or
+            "weight" (every weight of a float tensor).
+        n_values: How many masters it has.
+        relative: Masters are relative changes of the base's scales; else they are the values.
+        limit: Masters of larger magnitude are not perturbed (Sparse-MeZO, arXiv 2402.15751).
+    """
+
+    kind: str
+    n_values: int
+    relative: bool = False
+    limit: float = math.inf
+
+    @property
+    def size(self) -> int:
+        """Number of masters."""
+        return self.n_values
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A product added to a weight of shape (n_rows, n_cols).
+
+    With `kind` "lora" the masters are A (rank, n_cols) and then B transposed (rank, n_rows), and
+    the product is scale * B @ A. With "subspace" they are one Z (rank, rank) per window, and the
+    product is scale * the sum of left.T @ Z @ right over the windows (SubZero, arXiv 2410.08989).
+
+    Attributes:
+        left, right: float32 (n_windows, rank, n_rows) and (n_windows, rank, n_cols); empty for
+            "lora".
+        refresh: Steps until the next window is trained; 0 means never.
+    """
+
+    kind: str
+    n_rows: int
+    n_cols: int
+    rank: int
+    scale: float
+    refresh: int
+    left: Vector
+    right: Vector
+
+    @property
+    def size(self) -> int:
+        """Number of masters."""
+        if self.kind == "lora":
+            return self.rank * (self.n_rows + self.n_cols)
+        return self.n_windows * self.rank**2
+
+    @property
+    def n_windows(self) -> int:
+        """Number of subspaces, one after another in the run."""
+        return 1 if self.kind == "lora" else int(self.left.shape[0])
+
+    def window(self, step: int) -> int:
+        """The subspace that the step after `step` steps trains."""
+        return min(step // self.refresh, self.n_windows - 1) if self.refresh else 0
+
+    def trained(self, step: int) -> slice:
+        """The masters that the step after `step` steps perturbs."""
+        if self.kind == "lora":
+            return slice(0, self.size)
+        square = self.rank**2
+        return slice(self.window(step) * square, (self.window(step) + 1) * square)
+
+    def factors(self, masters: Vector, step: int | None = None) -> tuple[Vector, Vector]:
+        """The product as left.T @ right.
+
+        Args:
+            masters: (size,).
+            step: Leaves out subspaces that are all zero because their turn has not come.
+
+        Returns:
+            left (r, n_rows) and right (r, n_cols), r the rank or that of all windows together.
+        """
+        scale = np.float32(self.scale)
+        if self.kind == "lora":
+            a, b = np.split(masters, [self.rank * self.n_cols])
+            return scale * b.reshape(self.rank, self.n_rows), a.reshape(self.rank, self.n_cols)
+        n = self.n_windows if step is None else self.window(step) + 1
+        z = masters.reshape(-1, self.rank, self.rank)[:n]
+        left = scale * np.matmul(z.transpose(0, 2, 1), self.left[:n])
+        return left.reshape(-1, self.n_rows), self.right[:n].reshape(-1, self.n_cols)
+
+
+Edits = dict[str, Live | LowRank]
+
+
+def describe(edits: Edits) -> list[list[Any]]:
+    """The edits as JSON values, without arrays."""
+    return [
+        [name, "live", edit.kind, edit.n_values, edit.relative, _finite(edit.limit)]
+        if isinstance(edit, Live)
+        else [
+            *(name, "low-rank", edit.kind, edit.n_rows, edit.n_cols, edit.rank, edit.n_windows),
+            *(edit.scale, edit.refresh),
+        ]
+        for name, edit in edits.items()
+    ]
+
+
+def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> Edits:
+    """Rebuild what `describe` gave, with the fixed arrays found under NAME.left and NAME.right.
+
+    Raises:
+        ZoError: The rows are not what `describe` gives, or an array has another shape.
+    """
+    edits: Edits = {}
+    try:
+        for name, form, kind, *numbers in rows:
+            if form == "live" and kind in ("scale", "weight"):
+                n_values, relative, limit = numbers
+                edits[name] = Live(
+                    kind, _count(n_values), bool(relative), math.inf if limit is None else limit
+                )
+            elif form == "low-rank" and kind in ("lora", "subspace"):
+                n_rows, n_cols, rank, n_windows = map(_count, numbers[:4])
+                windows = n_windows if kind == "subspace" else 0
+                left = _array(arrays, f"{name}.left", (windows, rank, n_rows))
+                right = _array(arrays, f"{name}.right", (windows, rank, n_cols))
+                scale, refresh = float(numbers[4]), int(numbers[5])
+                edits[name] = LowRank(kind, n_rows, n_cols, rank, scale, refresh, left, right)
+            else:
+                raise ValueError(f"{form} {kind}")
+    except (TypeError, ValueError, KeyError) as error:
+        raise ZoError(f"The {what} is damaged ({error}); make it again.") from error
+    return edits
+
+
+def fixed_arrays(edits: Edits) -> dict[str, NDArray[Any]]:
+    """The arrays that are not trained, by their names in a file."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, edit in edits.items():
+        if isinstance(edit, LowRank) and edit.kind == "subspace":
+            arrays |= {f"{name}.left": edit.left, f"{name}.right": edit.right}
+    return arrays
+
+
+def _array(arrays: dict[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> Vector:
+    array = arrays[name] if shape[0] else np.zeros(shape, np.float32)
+    if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
+        raise ValueError(f"{name} is not a finite float32 array of shape {shape}")
+    return array
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 40:
+        raise ValueError(f"the size {value!r}")
+    return value
+
+
+def _finite(limit: float) -> float | None:
+    return None if math.isinf(limit) else limit

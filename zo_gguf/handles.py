@@ -1,0 +1,236 @@
+"""libzo's objects as Python objects: one class per handle of native/zo.h, arrays in and out.
+
+What the calls mean is documented in zo.h; the signatures are in `native`.
+"""
+
+import ctypes
+from ctypes import c_double, c_float, c_int32, c_int64
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.native import Batch, Branch, Field, Handle, Library, pointer
+
+Vector = NDArray[np.float32]
+NORMAL, RADEMACHER = 0, 1  # zo_distribution
+
+
+class Store:
+    """zo_store: f32 masters of all trainable entries."""
+
+    def __init__(self, library: Library, n_threads: int, distribution: int = NORMAL) -> None:
+        self._library = library
+        self.handle = Handle()
+        library.call("zo_store_init", ctypes.byref(self.handle), distribution, n_threads)
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        indices: NDArray[np.int64],
+        theta: Vector,
+    ) -> None:
+        """Append one weight's entries: sorted flat `indices` and masters, both (nnz,)."""
+        self._library.call(
+            "zo_store_add",
+            self.handle,
+            name.encode(),
+            *shape,
+            indices.size,
+            pointer(np.ascontiguousarray(indices, dtype=np.int64), c_int64),
+            pointer(np.ascontiguousarray(theta, dtype=np.float32), c_float),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all weights."""
+        return int(self._library.functions.zo_store_size(self.handle))
+
+    def read(self) -> Vector:
+        """A copy of theta, (nnz,)."""
+        theta = np.empty(self.size, np.float32)
+        self._library.call("zo_store_read", self.handle, pointer(theta, c_float))
+        return theta
+
+    def write(self, theta: Vector) -> None:
+        """Replace theta, (nnz,)."""
+        assert theta.shape == (self.size,)
+        theta = np.ascontiguousarray(theta, dtype=np.float32)
+        self._library.call("zo_store_write", self.handle, pointer(theta, c_float))
+
+    def noise(self, seed: int, signs: int = 0) -> Vector:
+        """z(seed), (nnz,), its signs changed by row and column where `signs` is not 0."""
+        z = np.empty(self.size, np.float32)
+        self._library.call("zo_store_noise", self.handle, seed, signs, pointer(z, c_float))
+        return z
+
+    def free(self) -> None:
+        """Release the native object; further calls are bugs."""
+        self._library.functions.zo_store_free(self.handle)
+        self.handle = Handle()
+
+
+class InPlace:
+    """zo_inplace: masters of values inside loaded weights, and the live bytes that follow."""
+
+    def __init__(self, library: Library, n_threads: int, distribution: int = NORMAL) -> None:
+        self._library = library
+        self.handle = Handle()
+        library.call("zo_inplace_init", ctypes.byref(self.handle), distribution, n_threads)
+
+    def add(self, name: str, field: Field, n_bytes: int, theta: Vector) -> None:
+        """Append the values of a tensor of `n_bytes`, with their masters, (field.n_values,)."""
+        theta = np.ascontiguousarray(theta, dtype=np.float32)
+        self._library.call(
+            "zo_inplace_add",
+            self.handle,
+            name.encode(),
+            ctypes.byref(field),
+            n_bytes,
+            pointer(theta, c_float),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of masters of all tensors."""
+        return int(self._library.functions.zo_inplace_size(self.handle))
+
+    def read(self) -> Vector:
+        """A copy of the masters, (size,)."""
+        return self._filled("zo_inplace_read")
+
+    def write(self, theta: Vector) -> None:
+        """Replace the masters, (size,); live bytes follow at the next `apply`."""
+        assert theta.shape == (self.size,)
+        theta = np.ascontiguousarray(theta, dtype=np.float32)
+        self._library.call("zo_inplace_write", self.handle, pointer(theta, c_float))
+
+    def noise(self, seed: int) -> Vector:
+        """z(seed), (size,); 0 where a master's magnitude is above its tensor's limit."""
+        return self._filled("zo_inplace_noise", seed)
+
+    def values(self, seed: int = 0, scale: float = 0.0) -> Vector:
+        """Live values, (size,), before they are rounded to the tensors' types."""
+        return self._filled("zo_inplace_values", Branch(seed, 0, scale))
+
+    def apply(self, seed: int, scale: float) -> None:
+        """Write the live values at theta + scale * z(seed) into the loaded weights.
+
+        Raises:
+            ZoError: No decode has used a tensor yet, or its memory must not be written.
+        """
+        self._library.call("zo_inplace_apply", self.handle, Branch(seed, 0, scale))
+
+    def _filled(self, function: str, *arguments: Any) -> Vector:
+        result = np.empty(self.size, np.float32)
+        self._library.call(function, self.handle, *arguments, pointer(result, c_float))
+        return result
+
+    def free(self) -> None:
+        """Release the native object; further calls are bugs."""
+        self._library.functions.zo_inplace_free(self.handle)
+        self.handle = Handle()
+
+
+class LowRank:
+    """zo_lowrank: a low-rank product beside some weights, per branch."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.handle = Handle()
+        library.call("zo_lowrank_init", ctypes.byref(self.handle))
+
+    def add(self, name: str, shape: tuple[int, int]) -> None:
+        """Append a weight of `shape` (n_rows, n_cols)."""
+        self._library.call("zo_lowrank_add", self.handle, name.encode(), *shape)
+
+    def set(self, branch: int, number: int, left: Vector, right: Vector) -> None:
+        """In a branch, the number-th weight gets left.T @ right more: left (rank, n_rows), right
+        (rank, n_cols)."""
+        left = np.ascontiguousarray(left, dtype=np.float32)
+        right = np.ascontiguousarray(right, dtype=np.float32)
+        assert left.shape[0] == right.shape[0]
+        self._library.call(
+            "zo_lowrank_set",
+            self.handle,
+            branch,
+            number,
+            left.shape[0],
+            pointer(left, c_float),
+            pointer(right, c_float),
+        )
+
+    def free(self) -> None:
+        """Release the native object; further calls are bugs."""
+        self._library.functions.zo_lowrank_free(self.handle)
+        self.handle = Handle()
+
+
+class Hook:
+    """zo_hook: the engine's callback and what it needs to know of a batch."""
+
+    def __init__(
+        self,
+        library: Library,
+        store: Store | None = None,
+        in_place: InPlace | None = None,
+        low_rank: LowRank | None = None,
+        *,
+        n_threads: int,
+        force_staged: bool = False,
+    ) -> None:
+        self._library = library
+        self.handle = Handle()
+        parts = [part.handle if part else None for part in (store, in_place, low_rank)]
+        library.call("zo_hook_init", ctypes.byref(self.handle), *parts, n_threads, force_staged)
+
+    @property
+    def callback(self) -> int:
+        """Address of zo_hook_eval."""
+        address = ctypes.cast(self._library.functions.zo_hook_eval, ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    def begin(
+        self,
+        branches: list[tuple[int, int, float]],
+        token_branch: NDArray[np.int32],
+        output_branch: NDArray[np.int32],
+        target_output: NDArray[np.int32],
+        target_token: NDArray[np.int32],
+    ) -> None:
+        """Announce a decode: (seed, signs, scale) of each branch, the branch of every token and
+        output column, and the output column and token id of every target (ascending by column)."""
+        array = (Branch * len(branches))(*(Branch(*branch) for branch in branches))
+        batch = Batch(
+            token_branch.size,
+            output_branch.size,
+            len(branches),
+            target_output.size,
+            pointer(token_branch, c_int32),
+            pointer(output_branch, c_int32),
+            array,
+            pointer(target_output, c_int32),
+            pointer(target_token, c_int32),
+        )
+        self._library.call("zo_hook_begin", self.handle, ctypes.byref(batch))
+
+    def begin_any(self) -> None:
+        """Let any decode pass, theta applied to all of its columns, without losses."""
+        self._library.call("zo_hook_begin", self.handle, None)
+
+    def end(self, n_targets: int) -> NDArray[np.float64]:
+        """Negative log-likelihood of each target of the decode, (n_targets,).
+
+        Raises:
+            ZoError: The graph was not the expected one; the sentence says how.
+        """
+        nll = np.empty(n_targets, np.float64)
+        self._library.call("zo_hook_end", self.handle, pointer(nll, c_double))
+        return nll
+
+    def free(self) -> None:
+        """Release the native object; the engine's context must be gone."""
+        self._library.functions.zo_hook_free(self.handle)
+        self.handle = Handle()

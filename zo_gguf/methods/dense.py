@@ -1,0 +1,44 @@
+"""`dense`: tune every weight of float tensors (MeZO, arXiv 2305.17333).
+
+z ~ N(0, I) over all weights of the chosen tensors; w + eps z is rounded to the tensor's type and
+written into the loaded weights, from f32 masters. On a quantized GGUF the norms and biases are
+float: the cheapest thing to tune. Memory: 4 bytes per weight and what the optimizer keeps, and no
+mapping of the file. The merged file is the same file with these tensors edited.
+"""
+
+import re
+
+import numpy as np
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.delta import Delta, DeltaHeader
+from zo_gguf.edits import Edits, Live
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.scales import base_weights
+
+_FLOATS = ("F32", "F16", "BF16")
+_TRAINABLE = re.compile(r"\.(weight|bias)$")
+_NOT_WEIGHTS = re.compile(r"^rope_|_scale\.|inv_freq")
+
+
+def dense(config: TuneConfig, gguf: GgufFile) -> Delta:
+    """All float tensors, or those that --train names.
+
+    Raises:
+        ZoError: There is none, or a named one is quantized.
+    """
+    names = [n for n in gguf.tensors if _TRAINABLE.search(n) and not _NOT_WEIGHTS.search(n)]
+    if config.train is not None:
+        names = [n for n in names if re.search(config.train, n)]
+    else:
+        names = [n for n in names if gguf.tensors[n].type.name in _FLOATS]
+    if not names:
+        raise ZoError(
+            f"{gguf.path.name!r} has no float tensors whose name matches "
+            f"{config.train or '.*'!r}; `zo-gguf info` lists what it has."
+        )
+    weights = {name: base_weights(gguf, name) for name in names}
+    edits: Edits = {name: Live("weight", value.size) for name, value in weights.items()}
+    header = DeltaHeader(gguf.path.name, gguf.sha256(), "dense")
+    return Delta({}, {}, np.concatenate(list(weights.values())), header, edits)

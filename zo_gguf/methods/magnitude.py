@@ -1,0 +1,48 @@
+"""`magnitude`: tune the weights of small magnitude (Sparse-MeZO, arXiv 2402.15751).
+
+Per matrix, a threshold h is fixed before training so that a share (`--density`, 0.25 by default) of
+its weights lies at or below it; z is 0 where |w| > h. On float matrices the mask follows the
+weights as they move, is recomputed in every pass and stored nowhere; they are edited in place, as
+in `dense`. A quantized matrix shares its bytes among weights, so there the smallest ones (0.1 % by
+default) are fixed at the start and tuned beside it, as in `sensitive`.
+"""
+
+import numpy as np
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.coordinates import matching_matrices
+from zo_gguf.delta import Delta, DeltaHeader
+from zo_gguf.edits import Edits, Live
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.scales import base_weights
+from zo_gguf.selection import top_k
+
+_FLOATS = ("F32", "F16", "BF16")
+_IN_PLACE_SHARE, _SPARSE_SHARE = 0.25, 0.001
+
+
+def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
+    """The small weights of all attention and MLP matrices, or of those that --train names.
+
+    Raises:
+        ZoError: No matrix is chosen.
+    """
+    names = matching_matrices(gguf, config.train)
+    edits: Edits = {}
+    tensors, shapes, masters = {}, {}, []
+    for name in names:
+        info = gguf.tensors[name]
+        if info.type.name in _FLOATS:
+            weights = base_weights(gguf, name)
+            limit = np.quantile(np.abs(weights), config.density or _IN_PLACE_SHARE)
+            edits[name] = Live("weight", weights.size, limit=float(np.float32(limit)))
+            masters.append(weights)
+        else:
+            weights = np.abs(gguf.dequantize(name).reshape(-1))
+            n = max(1, round((config.density or _SPARSE_SHARE) * weights.size))
+            tensors[name] = np.sort(top_k(-weights, n)).astype(np.int64)
+            shapes[name] = (info.shape[0], info.shape[1])
+    n_sparse = sum(indices.size for indices in tensors.values())
+    theta = np.concatenate([np.zeros(n_sparse, np.float32), *masters])
+    header = DeltaHeader(gguf.path.name, gguf.sha256(), "magnitude")
+    return Delta(tensors, shapes, theta, header, edits)

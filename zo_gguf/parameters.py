@@ -1,0 +1,195 @@
+"""All trainable parameters of a model as one vector theta, and how libzo is told of them.
+
+Made from a `Delta`: sparse entries go to a native store, edits in place and low-rank products to
+their own handles. Needs no model, so that a trajectory can be replayed without one.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.delta import Delta
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.handles import NORMAL, Hook, InPlace, LowRank, Store
+from zo_gguf.native import FLOATS, Library
+from zo_gguf.scales import field_of
+
+Vector = NDArray[np.float32]
+AT_THETA = (0, 0, 0.0)  # the branch (seed, signs, scale) of theta itself
+_FIRST_LOW_RANK = 1 << 31  # the noise's tensor numbers; those below are the native parts'
+
+
+class Parameters:
+    """theta, z(seed), and the state of libzo at probes.
+
+    Args:
+        library: libzo.
+        delta: What is trained, and the first theta.
+        gguf: The base; only edits in place read it.
+        n_threads: CPU threads.
+        distribution: NORMAL or RADEMACHER: what z is drawn from.
+
+    Raises:
+        ZoError: The delta does not fit the base.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        delta: Delta,
+        gguf: GgufFile,
+        n_threads: int,
+        distribution: int = NORMAL,
+    ) -> None:
+        self._library, self._distribution = library, distribution
+        self.delta = delta
+        self._theta = delta.theta.copy()
+        self.step: int | None = None  # all subspaces, as after the run
+        self._store = self._in_place = self._low_rank = None
+        theta = delta.theta
+        if delta.tensors:
+            self._store = Store(library, n_threads, distribution)
+            for name, part in delta.slices().items():
+                self._store.add(name, delta.shapes[name], delta.tensors[name], theta[part])
+        slices = delta.edit_slices()
+        if delta.live:
+            self._in_place = InPlace(library, n_threads, distribution)
+            for name, live in delta.live.items():
+                field, base = field_of(gguf, name, live)
+                n_bytes = gguf.tensors[name].n_bytes
+                self._in_place.add(name, field, n_bytes, theta[slices[name]])
+                del base  # copied by now
+        if delta.low_rank:
+            self._low_rank = LowRank(library)
+            for name, edit in delta.low_rank.items():
+                self._low_rank.add(name, (edit.n_rows, edit.n_cols))
+        live_places = [np.arange(slices[n].start, slices[n].stop) for n in delta.live]
+        self._live_places = np.concatenate(live_places) if live_places else None
+        self._slices = slices
+
+    @property
+    def size(self) -> int:
+        """Number of masters."""
+        return int(self._theta.size)
+
+    @property
+    def one_probe_per_decode(self) -> bool:
+        """Whether probes cannot share a decode, because the weights themselves are edited."""
+        return self._in_place is not None
+
+    @property
+    def resolution(self) -> float:
+        """The smallest perturbation that reaches the model; below it, storage rounds it away."""
+        live = self.delta.live
+        if not live:
+            return 0.0
+        if any(edit.kind == "scale" and edit.relative for edit in live.values()):
+            return 2.0**-11  # f16 has 11 significant bits
+        typical = [np.abs(self._theta[self._slices[name]]).mean() for name in live]
+        return float(np.mean(typical)) * 2.0**-11
+
+    def hook(self, n_threads: int, force_staged: bool = False) -> Hook:
+        """A hook that applies these parameters."""
+        return Hook(
+            self._library,
+            self._store,
+            self._in_place,
+            self._low_rank,
+            n_threads=n_threads,
+            force_staged=force_staged,
+        )
+
+    def read(self) -> Vector:
+        """A copy of theta, (size,)."""
+        return self._theta.copy()
+
+    def write(self, theta: Vector, step: int | None = None) -> None:
+        """Replace theta, (size,), and say how many steps led to it.
+
+        Raises:
+            ZoError: Wrong length, or values that are not finite.
+        """
+        if theta.shape != self._theta.shape:
+            raise ZoError(f"theta has shape {theta.shape}, but {self.size} entries are trainable.")
+        if not np.isfinite(theta).all():
+            raise ZoError("theta has NaN or infinite values; lower --learning-rate or --eps.")
+        self._theta[:] = theta
+        self.step = self.step if step is None else step
+        if self._store is not None:
+            self._store.write(self._theta[: self._store.size])
+        if self._in_place is not None:
+            self._in_place.write(self._theta[self._live_places])
+
+    def noise(self, seed: int, signs: int = 0) -> Vector:
+        """z(seed), (size,), at the current theta and step; the same bits on every machine.
+
+        Raises:
+            ZoError: `signs` is given, and not all parameters are sparse entries.
+        """
+        z = np.zeros(self.size, np.float32)
+        if self._store is not None:
+            z[: self._store.size] = self._store.noise(seed, signs)
+        if signs and self.delta.edits:
+            raise ZoError("Signs per example need sparse entries only; use another --estimator.")
+        if self._in_place is not None:
+            z[self._live_places] = self._in_place.noise(seed)
+        for number, (name, edit) in enumerate(self.delta.low_rank.items()):
+            trained = edit.trained(self.step or 0)
+            first = self._slices[name].start
+            z[first + trained.start : first + trained.stop] = self._normal(
+                seed, _FIRST_LOW_RANK + number, trained
+            )
+        return z
+
+    def _normal(self, seed: int, tensor: int, part: slice) -> Vector:
+        z = np.empty(part.stop - part.start, np.float32)
+        self._library.call(
+            "zo_noise",
+            self._distribution,
+            seed,
+            tensor,
+            part.start,
+            z.size,
+            z.ctypes.data_as(FLOATS),
+        )
+        return z
+
+    def live_values(self) -> dict[str, Vector]:
+        """Values of every edit in place at theta, (n_values,), before rounding to the type."""
+        if self._in_place is None:
+            return {}
+        values, result, first = self._in_place.values(), {}, 0
+        for name, edit in self.delta.live.items():
+            result[name] = values[first : first + edit.size]
+            first += edit.size
+        return result
+
+    def prepare(self, probes: Sequence[tuple[int, int, float]]) -> None:
+        """Have libzo ready for a decode whose branches are these (seed, signs, scale).
+
+        Raises:
+            ZoError: Weights cannot be edited in place; the sentence says which and why.
+        """
+        if self._in_place is not None:
+            (probe,) = probes
+            self._in_place.apply(probe[0], probe[2])
+        if self._low_rank is None:
+            return
+        for branch, (seed, _, scale) in enumerate(probes):
+            for number, (name, edit) in enumerate(self.delta.low_rank.items()):
+                masters = self._theta[self._slices[name]]
+                if scale != 0:
+                    part = edit.trained(self.step or 0)
+                    masters = masters.copy()
+                    z = self._normal(seed, _FIRST_LOW_RANK + number, part)
+                    masters[part] += np.float32(scale) * z
+                self._low_rank.set(branch, number, *edit.factors(masters, self.step))
+
+    def free(self) -> None:
+        """Release the native objects."""
+        for part in (self._store, self._in_place, self._low_rank):
+            if part is not None:
+                part.free()
+        self._store = self._in_place = self._low_rank = None

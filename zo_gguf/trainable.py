@@ -1,0 +1,82 @@
+"""What a run trains: the method's parameters, in the engine or, for a replay, without one."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.delta import Delta
+from zo_gguf.engine import Engine
+from zo_gguf.estimator import distribution_of
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.llama import default_threads, native_library
+from zo_gguf.methods import start
+from zo_gguf.parameters import Parameters
+
+Vector = NDArray[np.float32]
+
+
+class Trainable:
+    """The parameters of a run.
+
+    Making one reads and checks the files that define them, but loads no model.
+
+    Raises:
+        ZoError: A file or option cannot be used.
+    """
+
+    def __init__(self, config: TuneConfig) -> None:
+        self._config = config
+        self._gguf = GgufFile(config.model)
+        self.start = start(config, self._gguf)
+        self._engine: Engine | None = None
+        self._own: Parameters | None = None
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of the tensors of the base GGUF."""
+        return self.start.header.base_sha256
+
+    def theta0(self) -> Vector:
+        """The masters before the first step, (nnz,)."""
+        return self.start.theta.copy()
+
+    def place(self, theta: Vector, step: int) -> None:
+        """Put the parameters at theta, (nnz,), which `step` steps led to."""
+        self._parameters.write(theta, step)
+
+    def noise(self, seed: int, signs: int = 0) -> Vector:
+        """z(seed), (nnz,), where the parameters stand; needs no model."""
+        return self._parameters.noise(seed, signs)
+
+    @property
+    def _parameters(self) -> Parameters:
+        if self._engine is not None:
+            return self._engine.parameters
+        if self._own is None:
+            self._own = Parameters(
+                native_library(),
+                self.start,
+                self._gguf,
+                self._config.threads or default_threads(),
+                distribution_of(self._config.estimator),
+            )
+        return self._own
+
+    def open_engine(self) -> Engine:
+        """Load the model with these parameters."""
+        config = self._config
+        self._engine = Engine(
+            config.model,
+            mask=self.start,
+            n_threads=config.threads,
+            ctx_tokens=config.ctx_tokens,
+            n_gpu_layers=config.n_gpu_layers,
+            distribution=distribution_of(config.estimator),
+        )
+        return self._engine
+
+    def to_delta(self, theta: Vector, provenance: dict[str, Any]) -> Delta:
+        """The learned masters as a file can hold them."""
+        return self.start.with_theta(theta, provenance)

@@ -1,0 +1,166 @@
+"""The options of `tune` and `plan`, and those that every verb has which reads rows for a model."""
+# ruff: noqa: RUF009 - `option` returns a dataclass field, which is made once on purpose
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from zo_gguf.errors import ZoError
+from zo_gguf.options import Config, option, parse_fields
+
+THREADS = "CPU threads (default: the number of physical cores)"
+DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
+GPU = "layers kept on the GPU; -1 means all"
+OVERWRITE = "replace an output that is already there"
+MASK_SUFFIX = ".mask.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(Config):
+    """Options of every verb that reads rows for a model."""
+
+    model: str = option("-m", help="the quantized GGUF model", metavar="GGUF")
+    data: str = option(help=DATA, metavar="FILE|DIR")
+    ctx_tokens: int = option(
+        "-c",
+        "--ctx-size",
+        help="tokens per forward call, over all rows and branches in it",
+        default=2048,
+        low=2,
+    )
+    train_on: Literal["last-assistant", "all-assistant"] = option(
+        help="turns of `messages` rows that count in the loss", default="last-assistant"
+    )
+    field: list[str] = option(
+        help="read KEY from column NAME, such as prompt=question; repeatable",
+        default=[],
+        metavar="KEY=NAME",
+    )
+    max_seq_length: int | None = option(
+        help="longest row in tokens; longer prompts lose their beginning "
+        "(default: what the context holds)",
+        default=None,
+        low=2,
+    )
+
+    def check(self) -> None:
+        """Checks the column names."""
+        parse_fields(self.field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(RowsConfig):
+    """Options of `tune` and `plan`: zeroth-order fine-tuning of a quantized GGUF."""
+
+    mask: str = option(
+        help="trainable weights, as written by export "
+        f"(default: MODEL with {MASK_SUFFIX} for .gguf)",
+        default="",
+        metavar="MASK",
+    )
+    output: str = option("-o", help="run folder to write", metavar="RUN")
+    method: str = option(
+        help="what is trained: sensitive, magnitude, block-scale, subspace, lora, dense, or two of "
+        "them joined by +",
+        default="sensitive",
+        metavar="NAME",
+    )
+    estimator: Literal["spsa", "fzoo", "grzo"] = option(
+        help="how losses become a gradient estimate: two-sided probes, one-sided ones, or a "
+        "direction for each row",
+        default="spsa",
+    )
+    optimizer: str = option(
+        help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
+    )
+    iters: int = option(help="steps", default=2000, low=1)
+    examples_per_step: int = option(help="rows per step", default=16, low=1)
+    learning_rate: float | None = option(
+        help="step size (default: derived; see the first lines of the run)", default=None, above=0
+    )
+    eps: float | Literal["auto"] = option(
+        help="perturbation size; auto chooses it from the measured noise floor",
+        default="auto",
+        above=0,
+    )
+    directions: int | None = option(
+        help="random directions per step (default: 1; fzoo: 8; grzo always has one for each row)",
+        default=None,
+        low=1,
+    )
+    clip: float | Literal["adaptive"] | None = option(
+        help="largest projected gradient; adaptive: three times the median of the last 100",
+        default=None,
+        above=0,
+    )
+    curvature: bool = option(
+        help="weigh each direction by the curvature along it, for one more forward", default=False
+    )
+    train: str | None = option(
+        help="tensors that are trained, by methods without a mask", default=None, metavar="REGEX"
+    )
+    rank: int = option(help="rank of subspace and lora", default=8, low=1)
+    refresh: int = option(
+        help="steps between new bases of subspace; 0 keeps the first ones", default=0, low=0
+    )
+    factors: Literal["orthogonal", "gaussian"] = option(
+        help="bases of subspace", default="orthogonal"
+    )
+    density: float | None = option(
+        help="share of each matrix trained by magnitude (default: 0.25 of a float one, 0.001 of a "
+        "quantized one)",
+        default=None,
+        above=0,
+        below=1,
+    )
+    absolute: bool = option(
+        help="block-scale: perturb scales by eps itself, not by eps times the scale", default=False
+    )
+    schedule: Literal["linear", "constant", "cosine"] = option(
+        help="course of the learning rate", default="linear"
+    )
+    seed: int = option(
+        help="seed of the directions and of the row order", default=0, low=0, below=2**63
+    )
+    threads: int | None = option("-t", help=THREADS, default=None, low=1)
+    n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
+    valid_every: int = option(
+        help="steps between validations; 0 validates only at the start and the end",
+        default=200,
+        low=0,
+    )
+    valid_rows: int = option(help="validation rows used; 0 means all", default=500, low=0)
+    patience: int = option(
+        help="stop after this many validations without a better loss; 0 never stops",
+        default=0,
+        low=0,
+    )
+    save_every: int = option(help="steps between checkpoints", default=100, low=1)
+    val_split: float = option(
+        help="share of a single data file kept for validation", default=0.05, low=0, below=1
+    )
+    overwrite: bool = option(help=OVERWRITE, default=False)
+
+    def check(self) -> None:
+        """Checks the options that depend on each other; fills in the mask and the directions."""
+        super().check()
+        try:
+            re.compile(self.train or "")
+        except re.error as error:
+            raise ZoError(f"train {self.train!r} is no regular expression: {error}.") from error
+        if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
+            raise ZoError("grzo has as many directions as rows; leave --directions out.")
+        if self.curvature and self.estimator != "spsa":
+            raise ZoError(f"--curvature needs both sides of a probe; {self.estimator} has not.")
+        if self.directions is None:
+            default = {"spsa": 1, "fzoo": 8, "grzo": self.examples_per_step}[self.estimator]
+            object.__setattr__(self, "directions", default)
+        if not self.mask:
+            object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
+
+    @property
+    def forwards_per_step(self) -> int:
+        """How often a step sends its rows through the model."""
+        assert self.directions is not None
+        per_step = {"spsa": 2 * self.directions, "fzoo": self.directions + 1, "grzo": 2}
+        return per_step[self.estimator] + self.curvature
