@@ -81,7 +81,7 @@ class Delta:
         n = self.n_sparse + sum(edit.size for edit in self.edits.values())
         if self.theta.shape != (n,):
             raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {n} positions.")
-        if self.tensors or not self.edits:
+        if self.tensors:
             check_entries(self._entries(), _KIND)
         if not np.isfinite(self.theta).all():
             raise ZoError("The delta has values that are NaN or infinite; make it again.")
@@ -130,6 +130,32 @@ class Delta:
     def low_rank(self) -> dict[str, LowRank]:
         """The low-rank products."""
         return {name: edit for name, edit in self.edits.items() if isinstance(edit, LowRank)}
+
+    @property
+    def changed(self) -> dict[str, tuple[int, int]]:
+        """Tensors to whose values something is added, with their shapes (n_rows, n_cols)."""
+        low_rank = {name: (edit.n_rows, edit.n_cols) for name, edit in self.low_rank.items()}
+        return self.shapes | low_rank
+
+    def entries(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What is added to a tensor: sorted flat indices and values, both (n,).
+
+        A low-rank product adds to every weight, so its n is n_rows * n_cols.
+        """
+        edit = self.low_rank.get(name)
+        if edit is None:
+            return self.tensors[name], self.theta[self.slices()[name]]
+        left, right = edit.factors(self.theta[self.edit_slices()[name]])
+        values = (left.T @ right).reshape(-1)
+        if name in self.tensors:
+            values[self.tensors[name]] += self.theta[self.slices()[name]]
+        return np.arange(values.size), values
+
+    def without_live(self) -> "Delta":
+        """The same without its edits in place."""
+        slices = self.edit_slices()
+        parts = [self.theta[: self.n_sparse], *(self.theta[slices[n]] for n in self.low_rank)]
+        return replace(self, theta=np.concatenate(parts), edits=dict(self.low_rank))
 
     def with_theta(self, theta: NDArray[np.float32], provenance: dict[str, Any]) -> "Delta":
         """The same trainable parameters with other masters, (nnz,)."""

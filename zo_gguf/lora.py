@@ -96,7 +96,12 @@ def check_lora(base: GgufFile, delta: Delta, rank: int | None) -> None:
 
 def _check_tensors(base: GgufFile, delta: Delta) -> None:
     architecture = base.architecture.replace("_", "-")
-    for name in delta.tensors:
+    if delta.live:
+        raise ZoError(
+            f"Method {delta.header.method!r} edits weights in place, which no LoRA can carry; "
+            "merge into a GGUF instead, which is exact."
+        )
+    for name in delta.changed:
         reason = None
         if name.startswith(("token_embd", "per_layer_token_embd", "position_embd")):
             reason = "llama.cpp cannot apply a LoRA to embeddings that also serve as the head"
@@ -114,7 +119,21 @@ def _check_tensors(base: GgufFile, delta: Delta) -> None:
 
 
 def exact_factors(delta: Delta, name: str) -> Factors:
-    """The delta of one tensor as a product of least rank, without loss."""
+    """The delta of one tensor as a product without loss: of least rank, where it is sparse."""
+    n_rows, n_cols = delta.changed[name]
+    a, b = np.zeros((0, n_cols), np.float32), np.zeros((n_rows, 0), np.float32)
+    if name in delta.low_rank:
+        left, a = delta.low_rank[name].factors(delta.theta[delta.edit_slices()[name]])
+        b = left.T
+    if name in delta.tensors:
+        sparse_a, sparse_b = _sparse_factors(delta, name)
+        a, b = np.concatenate([a, sparse_a]), np.concatenate([b, sparse_b], axis=1)
+    # The squared norm of b @ a without the product itself.
+    squared = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
+    return Factors(a, b, len(a), 1.0, squared)
+
+
+def _sparse_factors(delta: Delta, name: str) -> tuple[F32, F32]:
     rows, cols = line_cover(delta.tensors[name], delta.shapes[name])
     n_rows, n_cols = delta.shapes[name]
     row, col, value = delta.as_rows(name)
@@ -127,7 +146,7 @@ def exact_factors(delta: Delta, name: str) -> Factors:
     a[np.searchsorted(rows, row[on_row]), col[on_row]] = value[on_row]
     on_col = ~on_row  # every entry is used once
     b[row[on_col], len(rows) + np.searchsorted(cols, col[on_col])] = value[on_col]
-    return Factors(a, b, rank, 1.0, _square_sum(value))
+    return a, b
 
 
 def best_factors(delta: Delta, name: str, rank: int) -> Factors:
@@ -135,8 +154,9 @@ def best_factors(delta: Delta, name: str, rank: int) -> Factors:
     exact = exact_factors(delta, name)
     if exact.rank <= rank:
         return exact
-    n_rows, n_cols = delta.shapes[name]
-    row, col, value = delta.as_rows(name)
+    n_rows, n_cols = delta.changed[name]
+    indices, value = delta.entries(name)
+    row, col = np.divmod(indices, n_cols)
     # Rows and columns without entries have no part in it.
     row_ids, row_at = np.unique(row, return_inverse=True)
     col_ids, col_at = np.unique(col, return_inverse=True)
@@ -175,10 +195,10 @@ def _leading_singular(
 
 def _check_rank(delta: Delta) -> None:
     """Refuse an exact LoRA that would be larger than the matrices it changes."""
-    ranks = {name: _exact_rank(delta, name) for name in delta.tensors}
-    worst = max(ranks, key=lambda name: ranks[name] / min(delta.shapes[name]))
-    if ranks[worst] > min(delta.shapes[worst]) // 2:
-        n_rows, n_cols = delta.shapes[worst]
+    ranks = {name: _exact_rank(delta, name) for name in delta.changed}
+    worst = max(ranks, key=lambda name: ranks[name] / min(delta.changed[name]))
+    if ranks[worst] > min(delta.changed[worst]) // 2:
+        n_rows, n_cols = delta.changed[worst]
         raise ZoError(
             f"An exact LoRA would need rank {max(ranks.values())} ({ranks[worst]} for {worst!r} of "
             f"{n_rows} x {n_cols} weights), more than a LoRA is good for; merge without --lora, or "
@@ -187,7 +207,11 @@ def _check_rank(delta: Delta) -> None:
 
 
 def _exact_rank(delta: Delta, name: str) -> int:
-    return sum(map(len, line_cover(delta.tensors[name], delta.shapes[name])))
+    edit = delta.low_rank.get(name)
+    product = edit.rank * edit.n_windows if edit else 0
+    if name not in delta.tensors:
+        return product
+    return product + sum(map(len, line_cover(delta.tensors[name], delta.shapes[name])))
 
 
 def write_lora(
@@ -207,9 +231,9 @@ def write_lora(
     """
     check_lora(base, delta, rank)
     if rank is None:
-        factors = {name: exact_factors(delta, name) for name in delta.tensors}
+        factors = {name: exact_factors(delta, name) for name in delta.changed}
     else:
-        factors = {name: best_factors(delta, name, rank) for name in delta.tensors}
+        factors = {name: best_factors(delta, name, rank) for name in delta.changed}
     head: dict[str, Value | None] = {
         "general.architecture": base.architecture,
         "general.type": "adapter",

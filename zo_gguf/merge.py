@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ from pathlib import Path
 import zo_gguf
 from zo_gguf.config import MergeConfig
 from zo_gguf.delta import Delta
+from zo_gguf.edits import describe
 from zo_gguf.files import atomic_write
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import Value, check_output
 from zo_gguf.lora import LoraSummary, check_lora, write_lora
 from zo_gguf.merge_data import Baseline, find_source, measure_baseline, open_base
+from zo_gguf.merge_edits import write_edited
 from zo_gguf.merge_patches import ROUNDINGS, can_round, plain_patches, rounded_patches
 from zo_gguf.merge_plan import Plan, missing_growth, plans, write_plan
 from zo_gguf.merge_result import Candidate, MergeResult, retention
@@ -34,10 +36,15 @@ _Keys = dict[str, Value | None]
 
 @dataclass(frozen=True)
 class _Job:
-    """What a merge works on; `provenance` is what every written file says about its origin."""
+    """What a merge works on.
+
+    `source` is the base with its edits in place, to which `delta` adds; `provenance` is what every
+    written file says about its origin.
+    """
 
     config: MergeConfig
     base: GgufFile
+    source: GgufFile
     delta: Delta
     output: Path
     baseline: Baseline | None
@@ -65,8 +72,12 @@ def merge(config: MergeConfig) -> MergeResult:
         check_lora(base, delta, config.rank)
     measured = measure_baseline(config, source.run, base, delta)
     baseline = measured if isinstance(measured, Baseline) else None
-    job = _Job(config, base, delta, output, baseline, _provenance(base, delta, source.name))
-    result = _merge_lora(job) if config.lora else _merge_model(job)
+    provenance = _provenance(base, delta, source.name)
+    with _drafts(output, ["edited"]) as (edited,):
+        start = write_edited(base, delta, edited) if delta.live else base
+        rest = delta.without_live() if delta.live else delta
+        job = _Job(config, base, start, rest, output, baseline, provenance)
+        result = _merge_lora(job) if config.lora else _merge_model(job)
     if isinstance(measured, str):
         result = result.with_notes([measured])
     elif result.retention is None:
@@ -82,11 +93,11 @@ def merge(config: MergeConfig) -> MergeResult:
 
 def _merge_model(job: _Job) -> MergeResult:
     """Write the first plan that keeps enough, or else the best."""
-    config, base, delta = job.config, job.base, job.delta
-    keys = job.provenance | _names(base, job.provenance["zo_gguf.run"], job.output)
+    config, base, delta = job.config, job.source, job.delta
+    keys = job.provenance | _names(job.base, job.provenance["zo_gguf.run"], job.output)
     tried: list[Candidate] = []
     best: Candidate | None = None
-    with _drafts(job.output) as (draft, kept):
+    with _drafts(job.output, ["draft", "best"]) as (draft, kept):
         rounded = _Roundings(job)
         kind = "keep" if job.baseline is None and config.type == "auto" else config.type
         todo = plans(base, delta, rounded[0], kind, config.max_growth, rounded.n_ways)
@@ -103,7 +114,8 @@ def _merge_model(job: _Job) -> MergeResult:
         assert best is not None
         os.replace(kept, job.output)
     result = _result(job, best, tried)
-    if config.type == "auto" and not best.settles(RETENTION_GOAL):
+    # Edits in place are exact: what is missing then is the noise of two ways to compute the same.
+    if config.type == "auto" and delta.changed and not best.settles(RETENTION_GOAL):
         note = (
             f"No file within growth {config.max_growth:g} keeps {RETENTION_GOAL:.0%} of the gain, "
             f"so this is the best of {len(tried)}; {missing_growth(base, delta)}."
@@ -117,9 +129,10 @@ class _Roundings:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        _say(f"re-quantizing {job.delta.nnz} tuned weights")
-        self._plain = plain_patches(job.base, job.delta, job.config.threads)
-        kinds = {job.base.tensors[name].type for name in job.delta.tensors}
+        if job.delta.changed:
+            _say(f"re-quantizing {job.delta.nnz} tuned weights")
+        self._plain = plain_patches(job.source, job.delta, job.config.threads)
+        kinds = {job.base.tensors[name].type for name in job.delta.changed}
         helps = job.baseline is not None and job.config.type in ("auto", "keep")
         self.n_ways = len(ROUNDINGS) if helps and any(map(can_round, kinds)) else 1
         self._made: dict[int, dict[str, Patch]] = {}
@@ -131,7 +144,7 @@ class _Roundings:
             job, rows = self._job, self._job.baseline.calibration
             _say("choosing codes by the inputs of the tuned weights")
             self._made[way] = rounded_patches(
-                job.base, job.delta, self._plain, rows, ROUNDINGS[way], job.config.threads
+                job.source, job.delta, self._plain, rows, ROUNDINGS[way], job.config.threads
             )
         return self._made[way]
 
@@ -151,7 +164,7 @@ def _merge_lora(job: _Job) -> MergeResult:
     _say(f"factoring {job.delta.nnz} tuned weights")
     keys = {"general.name": job.output.stem, **job.provenance}
     base_bytes = base.path.stat().st_size
-    with _drafts(job.output) as (draft, _):
+    with _drafts(job.output, ["draft"]) as (draft,):
         summary = write_lora(base, job.delta, draft, rank=job.config.rank, keys=keys)
         growth = (base_bytes + summary.n_bytes) / base_bytes
         candidate = Candidate(f"base and LoRA of rank {summary.rank}", {}, growth, summary.n_bytes)
@@ -185,12 +198,12 @@ def _result(
 
 
 @contextmanager
-def _drafts(output: Path) -> Iterator[tuple[Path, Path]]:
-    """Two temporary names beside `output`; whatever is left under them is removed."""
+def _drafts(output: Path, ends: Sequence[str]) -> Iterator[list[Path]]:
+    """Temporary names beside `output`; whatever is left under them is removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    paths = [output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("draft", "best")]
+    paths = [output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ends]
     try:
-        yield paths[0], paths[1]
+        yield paths
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
@@ -204,6 +217,7 @@ def _provenance(base: GgufFile, delta: Delta, run: str) -> _Keys:
     digest = hashlib.sha256()
     for name, indices in delta.tensors.items():
         digest.update(name.encode() + indices.astype("<i8").tobytes())
+    digest.update(json.dumps(describe(delta.edits)).encode())
     digest.update(delta.theta.astype("<f4").tobytes())
     return {
         "zo_gguf.version": zo_gguf.__version__,

@@ -54,7 +54,7 @@ def plain_patches(base: GgufFile, delta: Delta, n_threads: int | None) -> dict[s
     Raises:
         ZoError: A tensor's type can neither be searched nor quantized to.
     """
-    return {name: _requantize(base, delta, name, TUNED_WEIGHT, n_threads) for name in delta.tensors}
+    return {name: _requantize(base, delta, name, TUNED_WEIGHT, n_threads) for name in delta.changed}
 
 
 def rounded_patches(
@@ -90,8 +90,7 @@ def _portions(base: GgufFile, delta: Delta) -> Iterator[list[str]]:
     """Tensors whose inputs are in memory together."""
     portion: list[str] = []
     n_bytes = 0
-    for name in delta.tensors:
-        n_cols = delta.shapes[name][1]
+    for name, (_, n_cols) in delta.changed.items():
         if not can_round(base.tensors[name].type) or n_cols > _MAX_COLUMNS:
             continue
         size = 4 * MAX_SAMPLES * n_cols
@@ -113,12 +112,10 @@ def can_round(kind: GGMLQuantizationType) -> bool:
 def _requantize(
     base: GgufFile, delta: Delta, name: str, tuned_weight: float, n_threads: int | None
 ) -> Patch:
-    theta = delta.theta[delta.slices()[name]]
     return requantize(
         base.raw(name),
         base.tensors[name].type,
-        delta.tensors[name],
-        theta,
+        *delta.entries(name),
         tuned_weight=tuned_weight,
         n_threads=n_threads,
     )
@@ -158,7 +155,7 @@ def _targets(
     kind = base.tensors[name].type
     block, block_bytes = block_of(kind)
     values = dequantize_rows(base.raw(name).reshape(-1, block_bytes)[ids], kind)
-    indices = delta.tensors[name]
+    indices, theta = delta.entries(name)
     position = np.searchsorted(ids, indices // block) * block + indices % block
-    values.reshape(-1)[position] += delta.theta[delta.slices()[name]]
+    values.reshape(-1)[position] += theta
     return values

@@ -53,7 +53,7 @@ def plan_all(base: GgufFile, delta: Delta, target: Type) -> Plan:
     """Every tuned tensor that is coarser than `target` promoted to it."""
     promoted = {
         name: kind
-        for name in delta.tensors
+        for name in delta.changed
         if (kind := _finer_type(base.tensors[name], target)) is not None
     }
     return _plan(base, f"all tuned tensors at {target.name}", promoted)
@@ -140,17 +140,15 @@ def write_plan(
     Raises:
         DoesNotFitError: The disk is too small.
     """
-    slices = delta.slices()
     replace = {}
-    for name in delta.tensors:
+    for name in delta.changed:
         info = base.tensors[name]
         kind = plan.promoted.get(name)
         if kind is None:
             same = partial(_patched, base, name, patches[name])
             replace[name] = NewTensor(name, info.shape, info.type, same)
         else:
-            theta = delta.theta[slices[name]]
-            make = _Promotion(base, name, kind, delta.tensors[name], theta)
+            make = _Promotion(base, name, kind, delta)
             replace[name] = NewTensor(name, info.shape, kind, make)
     if any(kind not in _FLOATS for kind in plan.promoted.values()):
         keys = {"general.quantization_version": 2, **keys}
@@ -168,23 +166,30 @@ class _Promotion:
     base: GgufFile
     name: str
     kind: Type
-    indices: NDArray[np.int64]
-    theta: NDArray[np.float32]
+    delta: Delta
 
     def __call__(self) -> NDArray[np.uint8]:
         n_rows, n_cols = self.base.tensors[self.name].shape
         step = max(1, _ROWS // n_cols)
+        entries = self.delta.entries(self.name)
         return np.concatenate(
             [
-                self._rows(first, min(first + step, n_rows), n_cols)
+                self._rows(first, min(first + step, n_rows), n_cols, *entries)
                 for first in range(0, n_rows, step)
             ]
         )
 
-    def _rows(self, first: int, last: int, n_cols: int) -> NDArray[np.uint8]:
+    def _rows(
+        self,
+        first: int,
+        last: int,
+        n_cols: int,
+        indices: NDArray[np.int64],
+        theta: NDArray[np.float32],
+    ) -> NDArray[np.uint8]:
         values = self.base.dequantize(self.name, np.arange(first, last))
-        low, high = np.searchsorted(self.indices, (first * n_cols, last * n_cols))
-        values.reshape(-1)[self.indices[low:high] - first * n_cols] += self.theta[low:high]
+        low, high = np.searchsorted(indices, (first * n_cols, last * n_cols))
+        values.reshape(-1)[indices[low:high] - first * n_cols] += theta[low:high]
         if self.kind == Type.F16:
             if np.abs(values).max() > np.finfo(np.float16).max:
                 raise ZoError(

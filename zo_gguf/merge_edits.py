@@ -1,0 +1,36 @@
+"""Edits in place as a GGUF: the base with other scales or float weights, all else byte for byte."""
+
+from functools import partial
+from pathlib import Path
+
+from zo_gguf.delta import Delta
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.gguf_write import NewTensor, copy_gguf
+from zo_gguf.llama import default_threads, native_library
+from zo_gguf.parameters import Parameters
+from zo_gguf.scales import live_bytes
+
+
+def write_edited(base: GgufFile, delta: Delta, path: Path) -> GgufFile:
+    """Write the base as the engine saw it at theta, and open it.
+
+    Args:
+        base: The GGUF that was tuned.
+        delta: With edits in place.
+        path: File to write, atomically.
+
+    Raises:
+        DoesNotFitError: The disk is too small.
+    """
+    parameters = Parameters(native_library(), delta, base, default_threads())
+    try:
+        values = parameters.live_values()
+    finally:
+        parameters.free()
+    replace = {}
+    for name, live in delta.live.items():
+        info = base.tensors[name]
+        make = partial(live_bytes, base, name, live, values[name])
+        replace[name] = NewTensor(name, info.shape, info.type, make)
+    copy_gguf(base, path, replace=replace, keys={})
+    return GgufFile(path)
