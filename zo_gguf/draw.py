@@ -21,12 +21,16 @@ class Draw:
         examples: The rows to train on, one or more.
         n: Rows per step.
         seed: The run's seed.
+        balance: Spread equal answers; without it, every row counts as an answer of its own.
     """
 
-    def __init__(self, examples: Sequence[Example], n: int, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], n: int, seed: int, *, balance: bool = True
+    ) -> None:
         self._examples, self._n, self._seed = examples, n, seed
-        strata = {key: label for label, key in enumerate(dict.fromkeys(map(_answer, examples)))}
-        self._labels = np.array([strata[_answer(example)] for example in examples])
+        answers = [_answer(example) for example in examples] if balance else range(len(examples))
+        strata = {answer: label for label, answer in enumerate(dict.fromkeys(answers))}
+        self._labels = np.array([strata[answer] for answer in answers])
         self._counts = np.bincount(self._labels)
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 

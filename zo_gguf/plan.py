@@ -92,7 +92,7 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
-        draw = Draw(train, config.examples_per_step, config.seed)
+        draw = Draw(train, config.examples_per_step, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
         seconds, tokens = [], []
         for step in range(-1, _TIMED_STEPS):  # the first one warms up

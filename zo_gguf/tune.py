@@ -83,7 +83,7 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     trainable = Trainable(config)
     with trainable.open_engine() as engine:
         train, valid = load_rows(config, engine)
-        draw = Draw(train, config.examples_per_step, config.seed)
+        draw = Draw(train, config.examples_per_step, config.seed, balance=config.balance)
         run = open_run()
         trajectory = open_trajectory(run, trainable)
         try:

@@ -75,6 +75,10 @@ class TuneConfig(RowsConfig):
     )
     iters: int = option(help="steps", default=2000, low=1)
     examples_per_step: int = option(help="rows per step", default=16, low=1)
+    balance: bool = option(
+        help="spread rows with equal answers evenly over an epoch, instead of shuffling alone",
+        default=True,
+    )
     learning_rate: float | None = option(
         help="step size (default: derived; see the first lines of the run)", default=None, above=0
     )
