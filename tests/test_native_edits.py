@@ -1,7 +1,9 @@
-"""libzo beyond normal noise on sparse entries: Rademacher noise, signs, low rank, in place."""
+"""libzo beyond normal noise on sparse entries: Rademacher noise, signs per example, low rank.
 
-import ctypes
-import math
+Values edited in place have a file of their own.
+"""
+
+import itertools
 from ctypes import c_float
 
 import numpy as np
@@ -9,12 +11,9 @@ import pytest
 from test_native import philox
 
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER, InPlace, LowRank, Store
+from zo_gguf.handles import NORMAL, RADEMACHER, LowRank, Store
 from zo_gguf.llama import native_library
-from zo_gguf.native import FLOATS, Branch, Field, pointer
-
-F32, F16, BF16 = 0, 1, 2  # zo_storage
-FIRST_IN_PLACE = 1 << 30  # the noise's tensor number of the first tensor edited in place
+from zo_gguf.native import Branch, pointer
 
 
 def noise(kind: int, seed: int, tensor: int, first: int, n: int) -> np.ndarray:
@@ -37,7 +36,7 @@ def test_rademacher_is_the_bits_of_philox(seed: int) -> None:
 def test_rademacher_bits_do_not_depend_on_the_split() -> None:
     whole = noise(RADEMACHER, 9, 1, 0, 1000)
     cuts = [0, 1, 1, 31, 32, 33, 95, 96, 160, 999, 1000]
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         np.testing.assert_array_equal(noise(RADEMACHER, 9, 1, a, b - a), whole[a:b])
     far = 2**40 + 7
     np.testing.assert_array_equal(
@@ -112,7 +111,9 @@ def test_signs_of_an_entry_do_not_depend_on_the_others() -> None:
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("n_tokens", [1, 2, 17])
-@pytest.mark.parametrize(("shape", "density"), [((7, 33), 1.0), ((64, 300), 0.01), ((129, 50), 0.3)])
+@pytest.mark.parametrize(
+    ("shape", "density"), [((7, 33), 1.0), ((64, 300), 0.01), ((129, 50), 0.3)]
+)
 def test_overlay_with_signs_against_float64(
     shape: tuple[int, int], density: float, n_tokens: int, n_threads: int
 ) -> None:
@@ -226,6 +227,3 @@ def test_low_rank_refuses_what_is_out_of_range() -> None:
         with pytest.raises(ZoError, match="name and a shape"):
             part.add("x", shape)
     part.free()
-
-
-# ---- in place ------------------------------------------------------------------------------------

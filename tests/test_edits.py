@@ -1,0 +1,312 @@
+"""Deltas with edits: round trip, products against float64, and refusal of anything damaged."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from zo_gguf import sparse_file
+from zo_gguf.delta import Delta, DeltaHeader
+from zo_gguf.edits import Edits, Live, LowRank
+from zo_gguf.errors import ZoError
+
+HASH = "0123456789abcdef" * 4
+HEADER = DeltaHeader("model-Q4_0.gguf", HASH, "some+method", {"step": 3})
+NONE = np.zeros((0, 0, 0), np.float32)
+N_ROWS, N_COLS, RANK = 4, 5, 2
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.random.default_rng([*shape]).standard_normal(shape).astype(np.float32)
+
+
+def subspace(n_windows: int = 3, refresh: int = 10) -> LowRank:
+    left, right = floats(n_windows, RANK, N_ROWS), floats(n_windows, RANK, N_COLS)
+    return LowRank("subspace", N_ROWS, N_COLS, RANK, 1.5, refresh, left, right)
+
+
+def lora() -> LowRank:
+    return LowRank("lora", N_ROWS, N_COLS, RANK, 2.0, 0, NONE, NONE)
+
+
+EDITS: Edits = {  # not in alphabetical order: the order of theta must survive
+    "scales": Live("scale", 6, relative=True),
+    "sub": subspace(),
+    "absolute": Live("scale", 3),
+    "lora": lora(),
+    "float": Live("weight", 7, limit=0.25),
+}
+SIZES = {"scales": 6, "sub": 12, "absolute": 3, "lora": 18, "float": 7}
+SPARSE = {"w": np.array([0, 7, 8]), "lora": np.array([0, 9, 19])}
+SHAPES = {"w": (3, 3), "lora": (N_ROWS, N_COLS)}
+
+
+def make_delta(edits: Edits = EDITS, *, sparse: bool = True) -> Delta:
+    tensors, shapes = (SPARSE, SHAPES) if sparse else ({}, {})
+    n = sum(edit.size for edit in edits.values()) + 6 * sparse
+    return Delta(tensors, shapes, floats(n), HEADER, edits)
+
+
+def described(edit: Live | LowRank) -> list[Any]:
+    return [value if np.isscalar(value) else value.tolist() for value in vars(edit).values()]
+
+
+# ---- round trip ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("names", [list(EDITS), ["scales"], ["sub"], ["lora"], ["float"]])
+def test_round_trip_with_equal_bytes(tmp_path: Path, names: list[str], sparse: bool) -> None:
+    delta = make_delta({name: EDITS[name] for name in names}, sparse=sparse)
+    delta.save(tmp_path / "d")
+    again = Delta.load(tmp_path / "d")
+    assert again.theta.tobytes() == delta.theta.tobytes()
+    assert list(again.edits) == names
+    for name, edit in delta.edits.items():
+        assert type(again.edits[name]) is type(edit)
+        assert described(again.edits[name]) == described(edit)
+    assert again.header == HEADER
+    assert again.shapes == delta.shapes
+    assert list(again.tensors) == list(delta.tensors)
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+
+
+def test_a_run_goes_on_from_the_loaded_delta(tmp_path: Path) -> None:
+    make_delta().with_theta(2 * make_delta().theta, {"step": 9}).save(tmp_path / "d")
+    loaded = Delta.load(tmp_path / "d")
+    np.testing.assert_array_equal(loaded.theta, 2 * make_delta().theta)
+    assert loaded.header.provenance == {"step": 9}
+    assert list(loaded.edits) == list(EDITS)
+
+
+def test_parts_of_theta() -> None:
+    delta = make_delta()
+    assert {name: edit.size for name, edit in EDITS.items()} == SIZES
+    assert (delta.nnz, delta.n_sparse) == (6 + sum(SIZES.values()), 6)
+    covered = [*delta.slices().values(), *delta.edit_slices().values()]
+    assert [i for part in covered for i in range(part.start, part.stop)] == list(range(delta.nnz))
+    assert list(delta.live) == ["scales", "absolute", "float"]
+    assert list(delta.low_rank) == ["sub", "lora"]
+    assert delta.changed == {"w": (3, 3), "lora": (N_ROWS, N_COLS), "sub": (N_ROWS, N_COLS)}
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_without_live_keeps_the_rest(tmp_path: Path, sparse: bool) -> None:
+    delta = make_delta(sparse=sparse)
+    rest = delta.without_live()
+    assert list(rest.edits) == ["sub", "lora"]
+    assert rest.n_sparse == delta.n_sparse
+    for name in rest.edits:
+        np.testing.assert_array_equal(
+            rest.theta[rest.edit_slices()[name]], delta.theta[delta.edit_slices()[name]]
+        )
+    for name in rest.changed:
+        for mine, theirs in zip(rest.entries(name), delta.entries(name), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    rest.save(tmp_path / "d")
+    assert Delta.load(tmp_path / "d").theta.tobytes() == rest.theta.tobytes()
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+def expected_product(
+    edit: LowRank, masters: np.ndarray, windows: range | None = None
+) -> np.ndarray:
+    """What the docstring of LowRank says, in float64."""
+    masters = masters.astype(np.float64)
+    if edit.kind == "lora":
+        a = masters[: RANK * N_COLS].reshape(RANK, N_COLS)
+        b = masters[RANK * N_COLS :].reshape(RANK, N_ROWS).T
+        return edit.scale * b @ a
+    total = np.zeros((N_ROWS, N_COLS))
+    for k in windows or range(len(edit.left)):
+        z = masters[k * RANK**2 : (k + 1) * RANK**2].reshape(RANK, RANK)
+        total += edit.left[k].astype(np.float64).T @ z @ edit.right[k].astype(np.float64)
+    return edit.scale * total
+
+
+@pytest.mark.parametrize("edit", [lora(), subspace(1, 0), subspace(1), subspace(3), subspace(3, 0)])
+def test_factors_against_float64(edit: LowRank) -> None:
+    masters = floats(edit.size)
+    left, right = edit.factors(masters)
+    rank = RANK if edit.kind == "lora" else RANK * len(edit.left)
+    assert (left.shape, right.shape) == ((rank, N_ROWS), (rank, N_COLS))
+    assert (left.dtype, right.dtype) == (np.float32, np.float32)
+    product = left.astype(np.float64).T @ right
+    np.testing.assert_allclose(product, expected_product(edit, masters), rtol=0, atol=1e-5)
+
+
+def test_a_step_leaves_out_the_windows_after_it() -> None:
+    edit = subspace(3, 10)
+    masters = floats(edit.size)
+    for step, n in ((0, 1), (9, 1), (10, 2), (19, 2), (20, 3), (29, 3), (1000, 3)):
+        left, right = edit.factors(masters, step)
+        assert len(left) == len(right) == n * RANK
+        expected = expected_product(edit, masters, range(n))
+        np.testing.assert_allclose(left.T @ right, expected, rtol=0, atol=1e-5)
+        assert edit.window(step) == n - 1
+        assert edit.trained(step) == slice((n - 1) * RANK**2, n * RANK**2)
+    # Later windows are zero while their turn has not come, so that nothing is lost.
+    masters[RANK**2 :] = 0
+    whole, first = edit.factors(masters), edit.factors(masters, 5)
+    np.testing.assert_array_equal(whole[0].T @ whole[1], first[0].T @ first[1])
+
+
+@pytest.mark.parametrize("step", [0, 1, 10**6])
+def test_what_never_refreshes_is_trained_whole(step: int) -> None:
+    assert subspace(1, 0).window(step) == 0
+    assert subspace(1, 0).trained(step) == slice(0, RANK**2)
+    assert lora().trained(step) == slice(0, lora().size)
+    masters = floats(lora().size)
+    for mine, whole in zip(lora().factors(masters, step), lora().factors(masters), strict=True):
+        np.testing.assert_array_equal(mine, whole)
+
+
+def test_entries_of_products_and_of_sparse_weights() -> None:
+    delta = make_delta()
+    indices, values = delta.entries("w")
+    np.testing.assert_array_equal(indices, SPARSE["w"])
+    np.testing.assert_array_equal(values, delta.theta[:3])
+    slices = delta.edit_slices()
+    for name in ("sub", "lora"):
+        edit = delta.low_rank[name]
+        expected = expected_product(edit, delta.theta[slices[name]]).ravel()
+        if name == "lora":  # entries of its own beside the product
+            expected[SPARSE["lora"]] += delta.theta[3:6]
+        indices, values = delta.entries(name)
+        np.testing.assert_array_equal(indices, np.arange(N_ROWS * N_COLS))
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def test_theta_must_fit_and_be_finite() -> None:
+    delta = make_delta()
+    with pytest.raises(ZoError, match=r"shape \(51,\).*52 positions"):
+        replace(delta, theta=delta.theta[:-1])
+    bad = delta.theta.copy()
+    bad[-1] = np.nan
+    with pytest.raises(ZoError, match="NaN or infinite"):
+        replace(delta, theta=bad)
+
+
+def test_the_wrong_base_is_refused() -> None:
+    tensors = dict.fromkeys(["lora", "sub"], (N_ROWS, N_COLS)) | {"w": (3, 3)}
+
+    def base(tensors: dict[str, Any]) -> Any:
+        def info(name: str) -> None:
+            raise ZoError(f"no tensor {name!r}")
+
+        known = {name: SimpleNamespace(shape=shape) for name, shape in tensors.items()}
+        return SimpleNamespace(path=Path("x"), sha256=lambda: HASH, tensors=known, info=info)
+
+    make_delta().without_live().check_base(base(tensors))
+    with pytest.raises(ZoError, match=r"'sub' of shape \(4, 5\)"):
+        make_delta().check_base(base(tensors | {"sub": (5, 4)}))
+    with pytest.raises(ZoError, match="no tensor 'scales'"):
+        make_delta().check_base(base(tensors))
+
+
+def rewrite(path: Path, change: Change) -> None:
+    """Save a delta with its arrays and JSON document changed, and a checksum that fits again."""
+    make_delta().save(path)
+    arrays = load_file(path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    document = json.loads(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["zo_gguf"])
+    change(arrays, document)
+    order = [f"{name}.{part}" for name in SPARSE for part in ("indices", "theta")]
+    rows = document["edits"] if isinstance(document.get("edits"), list) else []
+    for row in rows:
+        if isinstance(row, list) and row:
+            order += [f"{row[0]}.{part}" for part in ("masters", "left", "right")]
+    document["sha256"] = sparse_file._digest({n: arrays[n] for n in order if n in arrays})
+    save_file(arrays, path, metadata={"zo_gguf": json.dumps(document)})
+
+
+def array(name: str, function: Callable[[np.ndarray], np.ndarray]) -> Change:
+    return lambda arrays, _: arrays.update({name: function(arrays[name])})
+
+
+def edit_rows(value: Any) -> Change:
+    return lambda _, document: document.update(edits=value)
+
+
+def cell(edit: str, column: int, value: Any) -> Change:
+    row = list(EDITS).index(edit)
+    return lambda _, document: document["edits"][row].__setitem__(column, value)
+
+
+def cut(edit: str, n: int) -> Change:
+    row = list(EDITS).index(edit)
+    return lambda _, document: document["edits"].__setitem__(row, document["edits"][row][:n])
+
+
+def test_rewriting_without_a_change_is_accepted(tmp_path: Path) -> None:
+    rewrite(tmp_path / "d", lambda arrays, document: None)
+    assert Delta.load(tmp_path / "d").theta.tobytes() == make_delta().theta.tobytes()
+
+
+ARRAYS = ["scales.masters", "sub.masters", "lora.masters", "sub.left", "sub.right"]
+BREAKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "shape": lambda a: a.reshape(-1, 1),
+    "length": lambda a: a.reshape(-1)[:-1].copy(),
+    "empty": lambda a: a.reshape(-1)[:0],
+    "NaN": lambda a: np.full_like(a, np.nan),
+    "infinite": lambda a: np.full_like(a, -np.inf),
+    "float64": lambda a: a.astype(np.float64),
+    "int32": lambda a: a.astype(np.int32),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("how", [*BREAKS, "missing"])
+def test_damaged_arrays_are_refused(tmp_path: Path, name: str, how: str) -> None:
+    change = array(name, BREAKS[how]) if how in BREAKS else lambda arrays, _: arrays.pop(name)
+    rewrite(tmp_path / "d", change)
+    with pytest.raises(ZoError, match="make it again"):
+        Delta.load(tmp_path / "d")
+
+
+BAD_COUNTS = [-1, 0, 1.5, True, None, "3", [], 1 << 41, 10**400, math.nan, math.inf]
+DAMAGE: dict[str, Change] = {
+    **{f"{n} values": cell("scales", 3, n) for n in (*BAD_COUNTS, 5)},
+    **{f"{n} rows": cell("lora", 3, n) for n in (*BAD_COUNTS, 3)},
+    **{f"{n} columns": cell("sub", 4, n) for n in (*BAD_COUNTS, 3)},
+    **{f"rank {n}": cell("sub", 5, n) for n in (*BAD_COUNTS, 3)},
+    **{f"{n} windows": cell("sub", 6, n) for n in (*BAD_COUNTS, 2)},
+    **{f"name {n}": cell("sub", 0, n) for n in (None, 3, [], {}, "other", "lora", "")},
+    **{f"form {n}": cell("lora", 1, n) for n in ("live", "other", None, [], {})},
+    **{f"kind {n}": cell("lora", 2, n) for n in ("subspace", "other", None, [], {})},
+    **{f"live kind {n}": cell("float", 2, n) for n in ("lora", "other", None)},
+    **{f"edits {n}": edit_rows(n) for n in (None, 3, "abc", {}, {"a": 1}, [None], [1], ["abc"])},
+    **{f"live row of {n}": cut("float", n) for n in range(1, 6)},
+    **{f"low-rank row of {n}": cut("sub", n) for n in range(1, 7)},
+    "scale text": cell("lora", 7, "much"),
+    "refresh text": cell("sub", 8, "often"),
+    "a longer live row": lambda _, d: d["edits"][0].append(1),
+    "no edits": lambda _, d: d.pop("edits"),
+    "an edit less": lambda _, d: d["edits"].pop(1),
+    "an edit twice": lambda _, d: d["edits"].append(d["edits"][1]),
+    "other order": lambda _, d: None,
+    "an array more": lambda a, _: a.update({"x.masters": np.zeros(3, np.float32)}),
+}
+del DAMAGE["other order"]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_rows_are_refused(tmp_path: Path, case: str) -> None:
+    rewrite(tmp_path / "d", DAMAGE[case])
+    with pytest.raises(ZoError):
+        Delta.load(tmp_path / "d")
