@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "error.h"
+#include "gain.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "inplace.h"
@@ -76,9 +77,9 @@ struct overlays {
     const zo::sparse_weight *  sparse  = nullptr;
     const zo::lowrank_weight * lowrank = nullptr;
 
-    bool    any() const { return sparse != nullptr || lowrank != nullptr; }
-    int64_t n_rows() const { return sparse != nullptr ? sparse->n_rows : lowrank->n_rows; }
-    int64_t n_cols() const { return sparse != nullptr ? sparse->n_cols : lowrank->n_cols; }
+    bool                any() const { return sparse != nullptr || lowrank != nullptr; }
+    int64_t             n_rows() const { return sparse != nullptr ? sparse->n_rows : lowrank->n_rows; }
+    int64_t             n_cols() const { return sparse != nullptr ? sparse->n_cols : lowrank->n_cols; }
     const std::string & name() const { return sparse != nullptr ? sparse->name : lowrank->name; }
 };
 
@@ -88,6 +89,7 @@ struct zo_hook {
     zo_store *         store        = nullptr;
     zo_inplace *       inplace      = nullptr;
     zo_lowrank *       lowrank      = nullptr;
+    zo_gain *          gain         = nullptr;
     int                n_threads    = 1;
     bool               force_staged = false;
     zo::sparse_scratch scratch;
@@ -101,15 +103,22 @@ struct zo_hook {
     bool                      saw_output = false;
     std::vector<int32_t>      fired;          // [weights of store] matrix products seen
     std::vector<int32_t>      lowrank_fired;  // [weights of lowrank]
-    std::string               error;  // first failure inside a callback
+    std::vector<int32_t>      gain_fired;     // [weights of gain]
+    std::string               error;          // first failure inside a callback
 
     bool     on_node(ggml_tensor * node);
     overlays find(const ggml_tensor * node) const;
     bool     overlay(ggml_tensor * node, const overlays & added);
     void     add(const overlays & added, int32_t branch, const zo::columns & x, const zo::columns & y,
                  int64_t first, int64_t end);
+    bool     apply_gain(ggml_tensor * node, const zo::gain_weight & weight);
     bool     losses(const ggml_tensor * node);
-    bool     refuse(std::string text);
+
+    // The gain of an element-wise product, NULL where there is none.
+    const zo::gain_weight * find_gain(const ggml_tensor * node) const;
+    // What a node's n columns are: ranges of tokens or outputs; NULL if the engine split the batch.
+    const std::vector<column_range> * columns_of(int64_t n, std::vector<column_range> & all) const;
+    bool                              refuse(std::string text);
 };
 
 bool zo_hook::refuse(std::string text) {
@@ -124,7 +133,8 @@ overlays zo_hook::find(const ggml_tensor * node) const {
         return {};
     }
     const std::string_view name = weight_name(node->src[0]);
-    return { store != nullptr ? store->find(name) : nullptr, lowrank != nullptr ? lowrank->find(name) : nullptr };
+    return { store != nullptr ? store->find(name) : nullptr,
+             lowrank != nullptr ? lowrank->find(name) : nullptr };
 }
 
 void zo_hook::add(const overlays & added, int32_t branch, const zo::columns & x, const zo::columns & y,
@@ -149,16 +159,11 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
         x->ne[0] != added.n_cols() || node->ne[0] != added.n_rows()) {
         return refuse("the matrix product with " + added.name() + " has an unexpected shape or type");
     }
-    const int64_t             n = n_columns(node);
-    std::vector<column_range> all{ { 0, n, 0 } };
-    // The engine drops all but the output columns somewhere in the last layer.
-    const std::vector<column_range> * ranges = &all;
-    if (open) {
-        if (n != n_tokens && n != n_outputs) {
-            return refuse("the engine split the batch: " + added.name() + " got " + std::to_string(n) +
-                          " columns instead of " + std::to_string(n_tokens));
-        }
-        ranges = n == n_tokens ? &tokens : &outputs;
+    std::vector<column_range>         all;
+    const std::vector<column_range> * ranges = columns_of(n_columns(node), all);
+    if (ranges == nullptr) {
+        return refuse("the engine split the batch: " + added.name() + " got " +
+                      std::to_string(n_columns(node)) + " columns instead of " + std::to_string(n_tokens));
     }
     const bool  staged = force_staged || !in_host_memory(node) || !in_host_memory(x);
     host_view   in(x, staged), out(node, staged);
@@ -175,6 +180,49 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
     if (added.lowrank != nullptr) {
         lowrank_fired[added.lowrank->id] += 1;
     }
+    return true;
+}
+
+const std::vector<column_range> * zo_hook::columns_of(int64_t n, std::vector<column_range> & all) const {
+    if (!open) {
+        all.assign(1, { 0, n, 0 });
+        return &all;
+    }
+    // The engine drops all but the output columns somewhere in the last layer.
+    return n == n_tokens ? &tokens : n == n_outputs ? &outputs : nullptr;
+}
+
+const zo::gain_weight * zo_hook::find_gain(const ggml_tensor * node) const {
+    if (gain == nullptr || node->op != GGML_OP_MUL || node->src[1] == nullptr) {
+        return nullptr;
+    }
+    return gain->find(weight_name(node->src[1]));
+}
+
+bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
+    if (node->type != GGML_TYPE_F32 || node->nb[0] != sizeof(float) || node->ne[0] != weight.n ||
+        node->ne[3] != 1) {
+        return refuse("the product with " + weight.name + " has an unexpected shape or type");
+    }
+    // The norms of heads have [n, heads, tokens] values, others [n, tokens].
+    const int64_t                     n_heads = node->ne[2] > 1 ? node->ne[1] : 1;
+    const int64_t                     n       = n_columns(node) / n_heads;
+    std::vector<column_range>         all;
+    const std::vector<column_range> * ranges = columns_of(n, all);
+    if (ranges == nullptr) {
+        return refuse("the engine split the batch: " + weight.name + " got " + std::to_string(n) +
+                      " columns instead of " + std::to_string(n_tokens));
+    }
+    const bool staged = force_staged || !in_host_memory(node);
+    host_view  out(node, staged);
+    for (const column_range & range : *ranges) {
+        zo::gain_apply(weight, weight.branches.at((size_t) range.branch), out.columns(node),
+                       range.first * n_heads, range.end * n_heads, n_threads);
+    }
+    if (staged) {
+        ggml_backend_tensor_set(node, out.data, 0, out.copy.size());
+    }
+    gain_fired[weight.id] += 1;
     return true;
 }
 
@@ -196,6 +244,9 @@ bool zo_hook::losses(const ggml_tensor * node) {
 }
 
 bool zo_hook::on_node(ggml_tensor * node) {
+    if (const zo::gain_weight * weight = find_gain(node)) {
+        return apply_gain(node, *weight);
+    }
     const overlays added = find(node);
     // The head may itself be tuned: its overlay comes before the losses.
     if (added.any() && node->op != GGML_OP_GET_ROWS && !overlay(node, added)) {
@@ -217,7 +268,7 @@ bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
             return true;
         }
         const bool product = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
-        return product && hook->find(node).any();
+        return (product && hook->find(node).any()) || hook->find_gain(node) != nullptr;
     }
     try {
         return hook->on_node(node);
@@ -262,7 +313,7 @@ const char * zo_last_error(void) {
 }
 
 zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, zo_lowrank * lowrank,
-                       int32_t n_threads, bool force_staged) {
+                       zo_gain * gain, int32_t n_threads, bool force_staged) {
     return guarded([&] {
         if (hook == nullptr || n_threads < 1) {
             return fail(ZO_ARGUMENT, "a hook needs at least one thread");
@@ -271,6 +322,7 @@ zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, 
         (*hook)->store        = store;
         (*hook)->inplace      = inplace;
         (*hook)->lowrank      = lowrank;
+        (*hook)->gain         = gain;
         (*hook)->n_threads    = n_threads;
         (*hook)->force_staged = force_staged;
         if (inplace != nullptr) {
@@ -312,6 +364,7 @@ zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
         hook->saw_output = false;
         hook->fired.assign(hook->store != nullptr ? hook->store->weights.size() : 0, 0);
         hook->lowrank_fired.assign(hook->lowrank != nullptr ? hook->lowrank->weights.size() : 0, 0);
+        hook->gain_fired.assign(hook->gain != nullptr ? hook->gain->weights.size() : 0, 0);
         hook->open = false;
         hook->branches.assign(1, zo_branch{ 0, 0, 0.0f });
         if (batch == nullptr) {
@@ -365,6 +418,11 @@ zo_status zo_hook_end(zo_hook * hook, double * nll) {
         for (size_t i = 0; i < hook->lowrank_fired.size(); ++i) {
             if (hook->lowrank_fired[i] == 0) {
                 silent += (silent.empty() ? "" : ", ") + hook->lowrank->weights[i].name;
+            }
+        }
+        for (size_t i = 0; i < hook->gain_fired.size(); ++i) {
+            if (hook->gain_fired[i] == 0) {
+                silent += (silent.empty() ? "" : ", ") + hook->gain->weights[i].name;
             }
         }
         if (!silent.empty()) {

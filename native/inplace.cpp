@@ -43,7 +43,8 @@ void for_pieces(const zo_inplace & inplace, Body body) {
 
 }  // namespace
 
-void zo_inplace::noise(const zo::inplace_tensor & t, uint64_t seed, int64_t first, int64_t n, float * z) const {
+void zo_inplace::noise(const zo::inplace_tensor & t, uint64_t seed, int64_t first, int64_t n,
+                       float * z) const {
     zo::noise_range(distribution, seed, t.id, first, n, z);
     if (std::isfinite(t.field.limit)) {
         const float * masters = theta.data() + t.offset + first;
@@ -139,8 +140,8 @@ zo_status zo_inplace_add(zo_inplace * inplace, const char * name, const zo_field
         }
         const zo_field & f     = *field;
         const int64_t    width = (int64_t) bytes_of(f.storage);
-        bool             fits  = f.n_values > 0 && f.block_bytes > 0 && f.n_per_block >= 1 &&
-                    f.n_per_block <= 2 && f.n_values % f.n_per_block == 0 &&
+        bool fits = f.n_values > 0 && f.block_bytes > 0 && f.n_per_block >= 1 && f.n_per_block <= 2 &&
+                    f.n_values % f.n_per_block == 0 &&
                     f.n_values / f.n_per_block == n_bytes / f.block_bytes && n_bytes % f.block_bytes == 0 &&
                     f.storage >= ZO_F32 && f.storage <= ZO_BF16 && (f.base != nullptr || !f.relative);
         for (int32_t k = 0; fits && k < f.n_per_block; ++k) {

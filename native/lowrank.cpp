@@ -93,8 +93,8 @@ zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows
     });
 }
 
-zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank, const float * left,
-                         const float * right) {
+zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
+                         const float * left, const float * right) {
     return guarded([&] {
         if (lowrank == nullptr || left == nullptr || right == nullptr || branch < 0 || branch > 4096 ||
             number < 0 || (size_t) number >= lowrank->weights.size() || rank < 1 || rank > 1 << 16) {

@@ -3,8 +3,9 @@
 // The engine calls `zo_hook_eval` for every graph node (llama_context_params.cb_eval). At a matrix
 // product with a weight that has trainable entries, the hook adds S*x to the product, where S holds
 // theta + scale * z(seed) at the entries of the store, or a product of low rank: the quantized weight
-// itself is never touched. Block scales and float weights are edited in place, between decodes.
-// At the output node the hook reduces the logits to one negative log-likelihood per target.
+// itself is never touched. The product with a norm's weight may get gains. Block scales and float weights are
+// edited in place, between decodes. At the output node the hook reduces the logits to one negative
+// log-likelihood per target.
 //
 // Plain C, opaque handles, status codes; `zo_last_error` says what went wrong in words. Matrices are
 // row-major with the input dimension contiguous, as in ggml. A handle must not be used by two threads
@@ -30,6 +31,7 @@ struct ggml_tensor;
 typedef struct zo_store   zo_store;
 typedef struct zo_inplace zo_inplace;
 typedef struct zo_lowrank zo_lowrank;
+typedef struct zo_gain    zo_gain;
 typedef struct zo_hook    zo_hook;
 
 typedef enum zo_status {
@@ -92,9 +94,9 @@ ZO_API void      zo_store_free(zo_store * store);
 ZO_API zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int64_t n_cols,
                               int64_t nnz, const int64_t * indices, const float * theta);
 
-ZO_API int64_t   zo_store_size(const zo_store * store);                       // entries of all weights
-ZO_API zo_status zo_store_read(const zo_store * store, float * theta);        // [size]
-ZO_API zo_status zo_store_write(zo_store * store, const float * theta);       // [size]
+ZO_API int64_t   zo_store_size(const zo_store * store);                  // entries of all weights
+ZO_API zo_status zo_store_read(const zo_store * store, float * theta);   // [size]
+ZO_API zo_status zo_store_write(zo_store * store, const float * theta);  // [size]
 
 // z[size] as a branch with this seed and these signs has it.
 ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float * z);
@@ -127,9 +129,9 @@ ZO_API zo_status zo_inplace_add(zo_inplace * inplace, const char * name, const z
                                 int64_t n_bytes, const float * theta);
 
 ZO_API int64_t   zo_inplace_size(const zo_inplace * inplace);
-ZO_API zo_status zo_inplace_read(const zo_inplace * inplace, float * theta);                // [size]
-ZO_API zo_status zo_inplace_write(zo_inplace * inplace, const float * theta);               // [size]
-ZO_API zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, float * z);    // [size]
+ZO_API zo_status zo_inplace_read(const zo_inplace * inplace, float * theta);                     // [size]
+ZO_API zo_status zo_inplace_write(zo_inplace * inplace, const float * theta);                    // [size]
+ZO_API zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, float * z);         // [size]
 ZO_API zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, float * live);  // [size]
 
 // Writes the live values of a branch into the loaded weights; between decodes only. Fails, with nothing
@@ -146,6 +148,15 @@ ZO_API zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t
 // right [rank][n_cols]. Copied; they stay until they are set again.
 ZO_API zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
                                 const float * left, const float * right);
+
+// ---- gains: y *= factors, after an element-wise product with a weight (a norm's) ---------------------
+
+ZO_API zo_status zo_gain_init(zo_gain ** gain);
+ZO_API void      zo_gain_free(zo_gain * gain);
+ZO_API zo_status zo_gain_add(zo_gain * gain, const char * name, int64_t n);
+
+// The factors [n] of the number-th weight added, in one branch. Copied; they stay until set again.
+ZO_API zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, const float * factors);
 
 // ---- kernels by themselves, on host arrays ----------------------------------------------------------
 
@@ -166,10 +177,10 @@ ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride
 
 // ---- hook -------------------------------------------------------------------------------------------
 
-// Each of `store`, `inplace` and `lowrank` may be NULL and must outlive the hook. With `force_staged`,
-// tensors go through ggml_backend_tensor_get/set as they do for device buffers.
+// Each of `store`, `inplace`, `lowrank` and `gain` may be NULL and must outlive the hook. With
+// `force_staged`, tensors go through ggml_backend_tensor_get/set as they do for device buffers.
 ZO_API zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, zo_lowrank * lowrank,
-                              int32_t n_threads, bool force_staged);
+                              zo_gain * gain, int32_t n_threads, bool force_staged);
 ZO_API void      zo_hook_free(zo_hook * hook);
 
 // The engine's callback; `hook` is its user data.

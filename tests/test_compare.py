@@ -266,7 +266,7 @@ class TestReport:
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--only", "("], "no regular expression"),
-        (["--only", "nothing-like-it"], "matches none of: sensitive, sgd;"),
+        (["--only", "nothing-like-it"], "matches none of: sensitive, sgd, shuffled rows;"),
         ([], "no-such-data"),
     ],
 )

@@ -144,7 +144,8 @@ def test_a_weight_that_never_multiplies_is_named(
     tiny_export: SimpleNamespace, rows: Callable
 ) -> None:
     with Engine(tiny_export.model("F16"), mask=tiny_export.mask("F16")) as engine:
-        engine.parameters._store.add("blk.99.attn_q.weight", (2, 2), np.array([0]), np.zeros(1, np.float32))
+        store = engine.parameters._store
+        store.add("blk.99.attn_q.weight", (2, 2), np.array([0]), np.zeros(1, np.float32))
         with pytest.raises(ZoError, match=r"never multiplied by: blk\.99\.attn_q\.weight"):
             engine.losses(rows(engine))
 

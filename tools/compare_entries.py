@@ -37,10 +37,14 @@ class Entry:
         return re.fullmatch(self.quants, quant) is not None
 
 
-REFERENCE = "sensitive, sgd"
+REFERENCE = "sensitive, sgd, shuffled rows"
 _QUANTIZED = r"(?!F16|BF16|F32).*"
+_PLAIN = {"balance": False, "adjust": False}  # steps as in the papers
 ENTRIES = (
-    Entry(REFERENCE, optimizer="sgd"),
+    Entry(REFERENCE, optimizer="sgd", options=_PLAIN),
+    Entry("sensitive, adam, shuffled rows", options=_PLAIN),
+    Entry("sensitive, adam, not adjusted", options={"adjust": False}),
+    Entry("sensitive, sgd", optimizer="sgd"),
     Entry("sensitive, momentum", optimizer="momentum"),
     Entry("sensitive, adam"),
     Entry("sensitive, adam, 4 directions", options={"directions": 4}),
@@ -56,7 +60,9 @@ ENTRIES = (
     Entry("block-scale, sgd", "block-scale", optimizer="sgd", mask=None, quants=_QUANTIZED),
     Entry("subspace, adam", "subspace", mask=None),
     Entry("lora, adam", "lora", mask=None),
-    Entry("norms, adam", "dense", options={"train": r"norm\.weight$"}, mask=None),
+    Entry("norm, adam", "norm", mask=None),
+    Entry("norms in place, adam", "dense", options={"train": r"norm\.weight$"}, mask=None),
+    Entry("sensitive+norm, adam", "sensitive+norm"),
     Entry("magnitude, adam", "magnitude", mask=None, quants="F16"),
     Entry("sensitive+block-scale, adam", "sensitive+block-scale", quants=_QUANTIZED),
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zo_gguf.edits import Edits, Live, LowRank, describe, fixed_arrays, parse
+from zo_gguf.edits import Edits, Gain, Live, LowRank, describe, fixed_arrays, parse
 from zo_gguf.errors import ZoError
 from zo_gguf.mask import Mask, check_base
 from zo_gguf.sparse_file import (
@@ -132,6 +132,11 @@ class Delta:
         return {name: edit for name, edit in self.edits.items() if isinstance(edit, LowRank)}
 
     @property
+    def gains(self) -> dict[str, Gain]:
+        """The gains of norms."""
+        return {name: edit for name, edit in self.edits.items() if isinstance(edit, Gain)}
+
+    @property
     def changed(self) -> dict[str, tuple[int, int]]:
         """Tensors to whose values something is added, with their shapes (n_rows, n_cols)."""
         low_rank = {name: (edit.n_rows, edit.n_cols) for name, edit in self.low_rank.items()}
@@ -151,8 +156,8 @@ class Delta:
             values[self.tensors[name]] += self.theta[self.slices()[name]]
         return np.arange(values.size), values
 
-    def without_live(self) -> "Delta":
-        """The same without its edits in place."""
+    def products(self) -> "Delta":
+        """Only what is added to matrices: sparse entries and low-rank products."""
         slices = self.edit_slices()
         parts = [self.theta[: self.n_sparse], *(self.theta[slices[n]] for n in self.low_rank)]
         return replace(self, theta=np.concatenate(parts), edits=dict(self.low_rank))
@@ -172,7 +177,7 @@ class Delta:
         """Raise ZoError unless `gguf` is the file that this delta was made for."""
         shapes = self.shapes | {n: (e.n_rows, e.n_cols) for n, e in self.low_rank.items()}
         check_base(gguf, self.header.base_name, self.header.base_sha256, shapes, _KIND)
-        for name in self.live:
+        for name in [*self.live, *self.gains]:
             gguf.info(name)
 
     def save(self, path: str | os.PathLike[str]) -> None:

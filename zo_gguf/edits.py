@@ -1,4 +1,4 @@
-"""What may be trained besides sparse entries: values inside weights, and low-rank products.
+"""What may be trained besides sparse entries: values inside weights, low-rank products, gains.
 
 Only shapes and fixed data; the masters lie in a `Delta`'s theta, and how the engine is told of them
 stands in `parameters`.
@@ -32,6 +32,19 @@ class Live:
     n_values: int
     relative: bool = False
     limit: float = math.inf
+
+    @property
+    def size(self) -> int:
+        """Number of masters."""
+        return self.n_values
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Relative changes of a norm's weight: the masters g make it w * (1 + g)."""
+
+    n_values: int
+    kind: str = "gain"
 
     @property
     def size(self) -> int:
@@ -105,20 +118,22 @@ class LowRank:
         return left.reshape(-1, self.n_rows), self.right[:n].reshape(-1, self.n_cols)
 
 
-Edits = dict[str, Live | LowRank]
+Edit = Live | LowRank | Gain
+Edits = dict[str, Edit]
 
 
 def describe(edits: Edits) -> list[list[Any]]:
     """The edits as JSON values, without arrays."""
-    return [
-        [name, "live", edit.kind, edit.n_values, edit.relative, _finite(edit.limit)]
-        if isinstance(edit, Live)
-        else [
-            *(name, "low-rank", edit.kind, edit.n_rows, edit.n_cols, edit.rank, edit.n_windows),
-            *(edit.scale, edit.refresh),
-        ]
-        for name, edit in edits.items()
-    ]
+    return [[name, *_described(edit)] for name, edit in edits.items()]
+
+
+def _described(edit: Edit) -> list[Any]:
+    if isinstance(edit, Gain):
+        return ["gain", edit.kind, edit.n_values]
+    if isinstance(edit, Live):
+        return ["live", edit.kind, edit.n_values, edit.relative, _finite(edit.limit)]
+    shape = [edit.n_rows, edit.n_cols, edit.rank, edit.n_windows]
+    return ["low-rank", edit.kind, *shape, edit.scale, edit.refresh]
 
 
 def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> Edits:
@@ -135,6 +150,9 @@ def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> Edits:
                 edits[name] = Live(
                     kind, _count(n_values), bool(relative), math.inf if limit is None else limit
                 )
+            elif form == kind == "gain":
+                (n_values,) = numbers
+                edits[name] = Gain(_count(n_values))
             elif form == "low-rank" and kind in ("lora", "subspace"):
                 n_rows, n_cols, rank, n_windows = map(_count, numbers[:4])
                 windows = n_windows if kind == "subspace" else 0

@@ -91,10 +91,11 @@ class Engine(Vocabulary):
         self.probes_per_decode = probes_per_decode
         self._padded = kv_layout == "split"
         self._library = native_library()
-        in_place = self.mask is not None and bool(self.mask.live)
-        if in_place and probes_per_decode > 1:
+        live = {edit.kind for edit in self.mask.live.values()} if self.mask else set()
+        if live and probes_per_decode > 1:
             raise ZoError("Weights edited in place have one value per decode: one probe at a time.")
-        super().__init__(load_model(self.gguf.path, n_gpu_layers, writable=in_place))
+        repack = "scale" not in live
+        super().__init__(load_model(self.gguf.path, n_gpu_layers, bool(live), repack))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
         if self.mask is None:
             self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
@@ -103,7 +104,7 @@ class Engine(Vocabulary):
                 self._library, self.mask, self.gguf, self.n_threads, distribution
             )
             self._hook = self._parameters.hook(self.n_threads, force_staged)
-        if in_place:
+        if live:
             self._locate()
 
     # ---- trainable parameters --------------------------------------------------------------------
@@ -178,14 +179,14 @@ class Engine(Vocabulary):
                 rows = first + (batch.target_branch if shared else 0)
                 nll[rows, batch.slots] = self._decode(batch, branches)
                 n_tokens += batch.tokens.size
-        losses, correct = reduce_losses(request, nll)
-        return Scores(losses, correct, n_tokens)
+        losses, correct, residuals = reduce_losses(request, nll)
+        return Scores(losses, correct, n_tokens, residuals)
 
     def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:
         assert self._hook is not None
         branches = [(probe.seed, probe.signs, probe.scale) for probe in probes]
         if self._parameters is not None:
-            self._parameters.prepare(branches)
+            branches = self._parameters.prepare(branches)
         self._make_room(batch)
         self._hook.begin(
             branches,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from zo_gguf.adjust import Adjustment
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example
 from zo_gguf.engine import Engine, Probe, Scores
@@ -49,7 +50,11 @@ def _mix(x: int) -> int:
 
 
 def estimate(
-    engine: Engine, examples: Sequence[Example], config: TuneConfig, step: int
+    engine: Engine,
+    examples: Sequence[Example],
+    config: TuneConfig,
+    step: int,
+    adjustment: Adjustment | None = None,
 ) -> Estimate:
     """Measure the loss along a step's directions.
 
@@ -58,6 +63,7 @@ def estimate(
         examples: The step's rows; the loss is the mean over them.
         config: The run's options, resolved.
         step: Steps done.
+        adjustment: Of the rows' slopes, for spsa.
 
     Returns:
         The directions, and the scores behind them.
@@ -73,7 +79,7 @@ def estimate(
     seeds = direction_seeds(config.seed, step, config.directions)
     if config.estimator == "fzoo":
         return fzoo(engine, examples, seeds, eps)
-    return spsa(engine, examples, seeds, eps, curvature=config.curvature)
+    return spsa(engine, examples, seeds, eps, curvature=config.curvature, adjustment=adjustment)
 
 
 def spsa(
@@ -83,6 +89,7 @@ def spsa(
     eps: float,
     *,
     curvature: bool = False,
+    adjustment: Adjustment | None = None,
 ) -> Estimate:
     """Two-sided probes along every seed's z; `curvature` adds one forward at theta itself.
 
@@ -92,14 +99,19 @@ def spsa(
         seeds: One per direction.
         eps: Perturbation size, in units of a weight.
         curvature: Weigh directions by their curvature.
+        adjustment: Of the rows' slopes.
     """
     probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
     if curvature:
         probes.append(Probe(0, 0.0))
     scores = engine.score(examples, probes)
     means = scores.losses.mean(axis=1)
-    pairs = means[: 2 * len(seeds)].reshape(-1, 2)  # (n_directions, 2)
+    n = 2 * len(seeds)
+    pairs = means[:n].reshape(-1, 2)  # (n_directions, 2)
     slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
+    if adjustment is not None:
+        by_row = (scores.losses[0:n:2] - scores.losses[1:n:2]) / (2 * eps)
+        slopes = adjustment(by_row, adjustment.features(scores.residuals))
     if curvature:
         second = (pairs.sum(axis=1) - 2 * means[-1]) / eps**2
         slopes *= np.maximum(1.0, np.abs(second)) ** -_CURVATURE_POWER

@@ -167,6 +167,29 @@ class LowRank:
         self.handle = Handle()
 
 
+class Gain:
+    """zo_gain: factors of the product with some weights, per branch."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.handle = Handle()
+        library.call("zo_gain_init", ctypes.byref(self.handle))
+
+    def add(self, name: str, n: int) -> None:
+        """Append a weight of n values."""
+        self._library.call("zo_gain_add", self.handle, name.encode(), n)
+
+    def set(self, branch: int, number: int, factors: Vector) -> None:
+        """In a branch, the product with the number-th weight is multiplied by factors, (n,)."""
+        factors = np.ascontiguousarray(factors, dtype=np.float32)
+        self._library.call("zo_gain_set", self.handle, branch, number, pointer(factors, c_float))
+
+    def free(self) -> None:
+        """Release the native object; further calls are bugs."""
+        self._library.functions.zo_gain_free(self.handle)
+        self.handle = Handle()
+
+
 class Hook:
     """zo_hook: the engine's callback and what it needs to know of a batch."""
 
@@ -176,13 +199,14 @@ class Hook:
         store: Store | None = None,
         in_place: InPlace | None = None,
         low_rank: LowRank | None = None,
+        gain: Gain | None = None,
         *,
         n_threads: int,
         force_staged: bool = False,
     ) -> None:
         self._library = library
         self.handle = Handle()
-        parts = [part.handle if part else None for part in (store, in_place, low_rank)]
+        parts = [part.handle if part else None for part in (store, in_place, low_rank, gain)]
         library.call("zo_hook_init", ctypes.byref(self.handle), *parts, n_threads, force_staged)
 
     @property

@@ -54,13 +54,16 @@ def quiet_engine() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
-def load_model(path: Path, n_gpu_layers: int = 0, writable: bool = False) -> Any:
+def load_model(
+    path: Path, n_gpu_layers: int = 0, writable: bool = False, repack: bool = True
+) -> Any:
     """Load a GGUF's weights.
 
     Args:
         path: The file.
         n_gpu_layers: As in llama.cpp.
-        writable: Into memory that may be edited: neither mapped from the file nor repacked.
+        writable: Into memory that may be edited, not mapped from the file.
+        repack: Let llama.cpp lay quantized matrices out anew for this CPU.
 
     Raises:
         ZoError: llama.cpp refuses the file; the sentence ends with its reason.
@@ -69,7 +72,7 @@ def load_model(path: Path, n_gpu_layers: int = 0, writable: bool = False) -> Any
     params.n_gpu_layers = n_gpu_layers
     if writable:
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        params.use_extra_bufts = False
+    params.use_extra_bufts = repack
     with quiet_engine() as messages:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)

@@ -96,9 +96,9 @@ def check_lora(base: GgufFile, delta: Delta, rank: int | None) -> None:
 
 def _check_tensors(base: GgufFile, delta: Delta) -> None:
     architecture = base.architecture.replace("_", "-")
-    if delta.live:
+    if delta.live or delta.gains:
         raise ZoError(
-            f"Method {delta.header.method!r} edits weights in place, which no LoRA can carry; "
+            f"Method {delta.header.method!r} changes weights that no LoRA can carry; "
             "merge into a GGUF instead, which is exact."
         )
     for name in delta.changed:

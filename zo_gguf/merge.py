@@ -73,9 +73,10 @@ def merge(config: MergeConfig) -> MergeResult:
     measured = measure_baseline(config, source.run, base, delta)
     baseline = measured if isinstance(measured, Baseline) else None
     provenance = _provenance(base, delta, source.name)
+    in_file = bool(delta.live or delta.gains)
     with _drafts(output, ["edited"]) as (edited,):
-        start = write_edited(base, delta, edited) if delta.live else base
-        rest = delta.without_live() if delta.live else delta
+        start = write_edited(base, delta, edited) if in_file else base
+        rest = delta.products() if in_file else delta
         job = _Job(config, base, start, rest, output, baseline, provenance)
         result = _merge_lora(job) if config.lora else _merge_model(job)
     if isinstance(measured, str):

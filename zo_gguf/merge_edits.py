@@ -1,14 +1,17 @@
-"""Edits in place as a GGUF: the base with other scales or float weights, all else byte for byte."""
+"""A GGUF with other scales, float weights or norms than the base, and all else byte for byte."""
 
 from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from zo_gguf.delta import Delta
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import NewTensor, copy_gguf
 from zo_gguf.llama import default_threads, native_library
 from zo_gguf.parameters import Parameters
-from zo_gguf.scales import live_bytes
+from zo_gguf.scales import live_bytes, rounded
 
 
 def write_edited(base: GgufFile, delta: Delta, path: Path) -> GgufFile:
@@ -16,7 +19,7 @@ def write_edited(base: GgufFile, delta: Delta, path: Path) -> GgufFile:
 
     Args:
         base: The GGUF that was tuned.
-        delta: With edits in place.
+        delta: With edits in place or gains.
         path: File to write, atomically.
 
     Raises:
@@ -32,5 +35,15 @@ def write_edited(base: GgufFile, delta: Delta, path: Path) -> GgufFile:
         info = base.tensors[name]
         make = partial(live_bytes, base, name, live, values[name])
         replace[name] = NewTensor(name, info.shape, info.type, make)
+    slices = delta.edit_slices()
+    for name in delta.gains:
+        info = base.tensors[name]
+        weights = base.dequantize(name) * (1 + delta.theta[slices[name]])
+        make = partial(_as_bytes, rounded(weights, info.type))
+        replace[name] = NewTensor(name, info.shape, info.type, make)
     copy_gguf(base, path, replace=replace, keys={})
     return GgufFile(path)
+
+
+def _as_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return values.view(np.uint8)

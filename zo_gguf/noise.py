@@ -108,6 +108,33 @@ def measure_noise(
     return _choose(np.array(ladder), np.stack(rows), floor)
 
 
+def measure_units(engine: Engine, examples: Sequence[Example]) -> tuple[float, dict[str, float]]:
+    """How far each kind of trainable parameter may move.
+
+    Kinds react on scales of their own: a norm's gain may change by a tenth where a weight may not.
+    Each is measured alone; the engine's units are left as they were found best.
+
+    Args:
+        engine: The model, with several kinds of trainable parameters.
+        examples: As for `measure_noise`.
+
+    Returns:
+        eps for all kinds at once, smaller than that of the first because their effects add up, and
+        the unit of each kind.
+
+    Raises:
+        ZoError: As `measure_noise`.
+    """
+    kinds = engine.parameters.kinds
+    found = {}
+    for kind in kinds:
+        engine.parameters.set_units({other: float(other == kind) for other in kinds})
+        found[kind] = measure_noise(engine, examples).eps
+    units = {kind: found[kind] / found[kinds[0]] for kind in kinds}
+    engine.parameters.set_units(units)
+    return float(f"{found[kinds[0]] / np.sqrt(len(kinds)):.2g}"), units
+
+
 def _differences(
     engine: Engine, examples: Sequence[Example], eps: float, seeds: range
 ) -> NDArray[np.float64]:

@@ -1,10 +1,10 @@
 """All trainable parameters of a model as one vector theta, and how libzo is told of them.
 
-Made from a `Delta`: sparse entries go to a native store, edits in place and low-rank products to
-their own handles. Needs no model, so that a trajectory can be replayed without one.
+Made from a `Delta`: sparse entries go to a native store, edits of each kind to their own handles.
+Needs no model, so that a trajectory can be replayed without one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.handles import NORMAL, Hook, InPlace, LowRank, Store
+from zo_gguf.handles import NORMAL, Gain, Hook, InPlace, LowRank, Store
 from zo_gguf.native import FLOATS, Library
 from zo_gguf.scales import field_of
 
 Vector = NDArray[np.float32]
+BranchOf = tuple[int, int, float]
 AT_THETA = (0, 0, 0.0)  # the branch (seed, signs, scale) of theta itself
-_FIRST_LOW_RANK = 1 << 31  # the noise's tensor numbers; those below are the native parts'
+# The noise's tensor numbers; those below are the native parts'.
+_FIRST_LOW_RANK, _FIRST_GAIN = 1 << 31, 3 << 30
+SPARSE = "sparse"
 
 
 class Parameters:
@@ -47,13 +50,14 @@ class Parameters:
         self.delta = delta
         self._theta = delta.theta.copy()
         self.step: int | None = None  # all subspaces, as after the run
-        self._store = self._in_place = self._low_rank = None
+        self._units: dict[str, float] = {}
+        self._slices = slices = delta.edit_slices()
+        self._store = self._in_place = self._low_rank = self._gain = None
         theta = delta.theta
         if delta.tensors:
             self._store = Store(library, n_threads, distribution)
             for name, part in delta.slices().items():
                 self._store.add(name, delta.shapes[name], delta.tensors[name], theta[part])
-        slices = delta.edit_slices()
         if delta.live:
             self._in_place = InPlace(library, n_threads, distribution)
             for name, live in delta.live.items():
@@ -65,9 +69,37 @@ class Parameters:
             self._low_rank = LowRank(library)
             for name, edit in delta.low_rank.items():
                 self._low_rank.add(name, (edit.n_rows, edit.n_cols))
+        if delta.gains:
+            self._gain = Gain(library)
+            for name, gain in delta.gains.items():
+                self._gain.add(name, gain.size)
         live_places = [np.arange(slices[n].start, slices[n].stop) for n in delta.live]
         self._live_places = np.concatenate(live_places) if live_places else None
-        self._slices = slices
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of parameters in the order of theta: "sparse", "scale", "weight", "gain", ..."""
+        edits = [edit.kind for edit in self.delta.edits.values()]
+        return list(dict.fromkeys(([SPARSE] if self.delta.tensors else []) + edits))
+
+    def set_units(self, units: Mapping[str, float]) -> None:
+        """Lengths of a unit step per kind of parameter; 1 where nothing is said.
+
+        Probes move a parameter by scale * unit * z. In-place edits of different kinds share one.
+        """
+        self._units = dict(units)
+
+    def units(self) -> Vector | None:
+        """The unit of every parameter, (size,); None where all are 1."""
+        if all(unit == 1 for unit in self._units.values()):
+            return None
+        result = np.full(self.size, self._unit(SPARSE), np.float32)
+        for name, edit in self.delta.edits.items():
+            result[self._slices[name]] = self._unit(edit.kind)
+        return result
+
+    def _unit(self, kind: str) -> float:
+        return self._units.get(kind, 1.0)
 
     @property
     def size(self) -> int:
@@ -97,6 +129,7 @@ class Parameters:
             self._store,
             self._in_place,
             self._low_rank,
+            self._gain,
             n_threads=n_threads,
             force_staged=force_staged,
         )
@@ -123,7 +156,7 @@ class Parameters:
             self._in_place.write(self._theta[self._live_places])
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
-        """z(seed), (size,), at the current theta and step; the same bits on every machine.
+        """z(seed), (size,), at the current theta and step, in units; the same bits everywhere.
 
         Raises:
             ZoError: `signs` is given, and not all parameters are sparse entries.
@@ -135,6 +168,10 @@ class Parameters:
             raise ZoError("Signs per example need sparse entries only; use another --estimator.")
         if self._in_place is not None:
             z[self._live_places] = self._in_place.noise(seed)
+        for number, name in enumerate(self.delta.gains):
+            part = self._slices[name]
+            whole = slice(0, part.stop - part.start)
+            z[part] = self._normal(seed, _FIRST_GAIN + number, whole)
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             trained = edit.trained(self.step or 0)
             first = self._slices[name].start
@@ -166,30 +203,48 @@ class Parameters:
             first += edit.size
         return result
 
-    def prepare(self, probes: Sequence[tuple[int, int, float]]) -> None:
+    def prepare(self, probes: Sequence[BranchOf]) -> list[BranchOf]:
         """Have libzo ready for a decode whose branches are these (seed, signs, scale).
+
+        Returns:
+            The branches as the hook needs them, which perturbs sparse entries by itself.
 
         Raises:
             ZoError: Weights cannot be edited in place; the sentence says which and why.
         """
         if self._in_place is not None:
             (probe,) = probes
-            self._in_place.apply(probe[0], probe[2])
-        if self._low_rank is None:
-            return
+            kind = next(iter(self.delta.live.values())).kind
+            self._in_place.apply(probe[0], probe[2] * self._unit(kind))
         for branch, (seed, _, scale) in enumerate(probes):
-            for number, (name, edit) in enumerate(self.delta.low_rank.items()):
-                masters = self._theta[self._slices[name]]
-                if scale != 0:
-                    part = edit.trained(self.step or 0)
-                    masters = masters.copy()
-                    z = self._normal(seed, _FIRST_LOW_RANK + number, part)
-                    masters[part] += np.float32(scale) * z
-                self._low_rank.set(branch, number, *edit.factors(masters, self.step))
+            if self._gain is not None:
+                self._set_gains(self._gain, branch, seed, scale)
+            if self._low_rank is not None:
+                self._set_products(self._low_rank, branch, seed, scale)
+        unit = self._unit(SPARSE)
+        return [(seed, signs, scale * unit) for seed, signs, scale in probes]
+
+    def _set_gains(self, gain: Gain, branch: int, seed: int, scale: float) -> None:
+        for number, name in enumerate(self.delta.gains):
+            masters = self._theta[self._slices[name]]
+            if scale != 0:
+                z = self._normal(seed, _FIRST_GAIN + number, slice(0, masters.size))
+                masters = masters + np.float32(scale * self._unit("gain")) * z
+            gain.set(branch, number, 1 + masters)
+
+    def _set_products(self, low_rank: LowRank, branch: int, seed: int, scale: float) -> None:
+        for number, (name, edit) in enumerate(self.delta.low_rank.items()):
+            masters = self._theta[self._slices[name]]
+            if scale != 0:
+                part = edit.trained(self.step or 0)
+                masters = masters.copy()
+                z = self._normal(seed, _FIRST_LOW_RANK + number, part)
+                masters[part] += np.float32(scale * self._unit(edit.kind)) * z
+            low_rank.set(branch, number, *edit.factors(masters, self.step))
 
     def free(self) -> None:
         """Release the native objects."""
-        for part in (self._store, self._in_place, self._low_rank):
+        for part in (self._store, self._in_place, self._low_rank, self._gain):
             if part is not None:
                 part.free()
-        self._store = self._in_place = self._low_rank = None
+        self._store = self._in_place = self._low_rank = self._gain = None

@@ -33,8 +33,11 @@ class Scores:
         losses: float64 (n_probes, n_examples).
         correct: float64 (n_probes, n_examples), 1 or 0; NaN where an example has no choices.
         n_tokens: Tokens that went through the model, over all probes.
+        residuals: float64 (n_probes, n_examples, n_choices), probability of each choice, minus 1
+            for the right one; None unless all examples have equally many choices.
     """
 
     losses: Matrix
     correct: Matrix
     n_tokens: int
+    residuals: Matrix | None = None

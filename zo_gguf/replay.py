@@ -12,6 +12,7 @@ from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.run import first_state, open_trajectory, require_run
 from zo_gguf.trainable import Trainable
+from zo_gguf.tune_config import parse_units
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def replay(config: ReplayConfig) -> ReplayResult:
         raise ZoError(f"Step {step} was not reached; the trajectory has {trajectory.n_records}.")
     state = first_state(trainable, run.config.optimizer)
     trainable.place(state.theta, 0)
+    trainable.set_units(parse_units(run.config.unit))
     with tqdm(total=step, desc="replay", unit="step", disable=None, leave=False) as bar:
         for record in trajectory.records():
             if record.step > step:

@@ -52,7 +52,13 @@ class State:
         assert record.step == self.step + 1
         with np.errstate(over="ignore", invalid="ignore"):  # `place` refuses it
             gradient = gradient_estimate(record.directions, trainable.noise)
-            self.optimizer.update(self.theta, gradient, record.lr)
+            units = trainable.units()
+            if units is None:
+                self.optimizer.update(self.theta, gradient, record.lr)
+            else:  # the optimizer works on theta in units
+                change = np.zeros_like(self.theta)
+                self.optimizer.update(change, gradient, record.lr)
+                self.theta += units * change
         self.step = record.step
         trainable.place(self.theta, self.step)
 
@@ -233,7 +239,7 @@ _OWN_FILES = (
 )
 
 
-def open_trajectory(run: Run, trainable: Trainable) -> Trajectory:
+def open_trajectory(run: Run, trainable: Trainable, n_features: int | None = None) -> Trajectory:
     """The run's trajectory, made if the run has not begun; checked against base and options.
 
     Raises:
@@ -241,6 +247,7 @@ def open_trajectory(run: Run, trainable: Trainable) -> Trajectory:
     """
     header = {
         "directions": run.config.directions,
+        "features": n_features,
         "estimator": run.config.estimator,
         "optimizer": run.config.optimizer,
         "method": run.config.method,
@@ -252,6 +259,8 @@ def open_trajectory(run: Run, trainable: Trainable) -> Trajectory:
     if not run.trajectory_path.exists():
         return Trajectory.create(run.trajectory_path, header)
     trajectory = Trajectory.load(run.trajectory_path)
+    if n_features is None:
+        del header["features"]
     for name, value in header.items():
         if trajectory.header.get(name) != value:
             raise ZoError(

@@ -99,7 +99,7 @@ def live_bytes(gguf: GgufFile, name: str, live: Live, values: Vector) -> NDArray
     """
     kind, raw = gguf.tensors[name].type, gguf.raw(name)
     if live.kind == "weight":
-        return _rounded(values, kind).view(np.uint8).reshape(raw.shape)
+        return rounded(values, kind).view(np.uint8).reshape(raw.shape)
     blocks = raw.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
     offsets = scale_offsets(kind)
     scales = values.astype("<f2").reshape(-1, len(offsets))
@@ -108,7 +108,8 @@ def live_bytes(gguf: GgufFile, name: str, live: Live, values: Vector) -> NDArray
     return blocks.reshape(raw.shape)
 
 
-def _rounded(values: Vector, kind: Type) -> NDArray[np.generic]:
+def rounded(values: Vector, kind: Type) -> NDArray[np.generic]:
+    """Values as a float type of ggml stores them: F32, F16 or BF16, the last as its 16 bits."""
     if kind != Type.BF16:
         return values.astype("<f4" if kind == Type.F32 else "<f2")
     bits: NDArray[np.uint32] = values.astype("<f4").view("<u4")

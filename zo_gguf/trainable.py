@@ -1,5 +1,6 @@
 """What a run trains: the method's parameters, in the engine or, for a replay, without one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,19 @@ class Trainable:
     def place(self, theta: Vector, step: int) -> None:
         """Put the parameters at theta, (nnz,), which `step` steps led to."""
         self._parameters.write(theta, step)
+
+    def units(self) -> Vector | None:
+        """The unit of every parameter, (nnz,); None where all are 1."""
+        return self._parameters.units()
+
+    def set_units(self, units: Mapping[str, float]) -> None:
+        """See `Parameters.set_units`."""
+        self._parameters.set_units(units)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of parameters."""
+        return self._parameters.kinds
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
         """z(seed), (nnz,), where the parameters stand; needs no model."""

@@ -2,8 +2,9 @@
 
 Layout: 8 bytes magic, u32 length and u32 CRC of a JSON header, the header, then records of one
 size: u64 step, f64 lr, and per direction u64 seed, u64 signs, f64 loss at +eps, f64 loss at -eps,
-f64 projected gradient, closed by a CRC-32. Little-endian. A record is one write, so a killed run
-leaves at most a short last record, which is dropped; anything else that does not check is an error.
+f64 projected gradient, then the f64 features, closed by a CRC-32. Little-endian. A record is one
+write, so a killed run leaves at most a short last record, which is dropped; anything else that does
+not check is an error.
 """
 
 import json
@@ -43,11 +44,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class Record:
-    """One step: what was measured and the learning rate that was used."""
+    """One step: what was measured and the learning rate that was used.
+
+    `features` are the rows' mean residuals, which later steps are adjusted by; see `adjust`.
+    """
 
     step: int
     lr: float
     directions: tuple[Direction, ...]
+    features: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -60,7 +65,8 @@ class Trajectory:
 
     Attributes:
         path: The file.
-        header: JSON values; `directions` (per record) is required, the rest is the caller's.
+        header: JSON values; `directions` (per record) is required, `features` 0 unless given, and
+            the rest the caller's.
         n_records: Whole records in the file.
     """
 
@@ -73,7 +79,7 @@ class Trajectory:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> "Trajectory":
-        """Write a new file without records; `header["directions"]` sets the record size."""
+        """Write a new file without records; `directions` and `features` set the record size."""
         text = json.dumps(header, sort_keys=True, allow_nan=False).encode()
         with atomic_write(path) as file:
             file.write(_PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text)
@@ -90,7 +96,7 @@ class Trajectory:
         with open(path, "rb") as file:
             header = _read_header(file, path)
             start = file.tell()
-        size = _record_size(header["directions"])
+        size = _record_size(header)
         trajectory = cls(path, header, start, (path.stat().st_size - start) // size)
         for _ in trajectory.records():
             pass
@@ -102,11 +108,11 @@ class Trajectory:
         Raises:
             ZoError: A record's checksum or step number is wrong.
         """
-        size = _record_size(self.header["directions"])
+        size = _record_size(self.header)
         with open(self.path, "rb") as file:
             file.seek(self._start)
             for number in range(self.n_records):
-                record = _unpack(file.read(size))
+                record = _unpack(file.read(size), self.header["directions"])
                 if record is None or record.step != number + 1:
                     raise ZoError(
                         f"Record {number + 1} of the trajectory {str(self.path)!r} is damaged; "
@@ -117,12 +123,13 @@ class Trajectory:
     def append(self, record: Record) -> None:
         """Add a record; it is in the file, whole, when this returns."""
         if self._file is None:
-            size = _record_size(self.header["directions"])
+            size = _record_size(self.header)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
             self._file.truncate(self._start + self.n_records * size)  # drops a torn last record
             self._file.seek(0, os.SEEK_END)
         assert record.step == self.n_records + 1
         assert len(record.directions) == self.header["directions"]
+        assert len(record.features) == self.header.get("features", 0)
         self._file.write(_pack(record))
         self.n_records += 1
 
@@ -153,29 +160,38 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
     if len(text) != length or zlib.crc32(text) != crc:
         raise damaged
     header = json.loads(text)
-    if not isinstance(header, dict) or not 1 <= int(header.get("directions", 0)) <= 1 << 16:
+    if not isinstance(header, dict):
         raise damaged
+    for name, least in (("directions", 1), ("features", 0)):
+        n = header.get(name, 0)
+        if type(n) is not int or not least <= n <= 1 << 16:
+            raise damaged
     return header
 
 
-def _record_size(directions: int) -> int:
-    return _STEP.size + directions * _DIRECTION.size + _CRC.size
+def _record_size(header: dict[str, Any]) -> int:
+    n = _STEP.size + header["directions"] * _DIRECTION.size
+    return int(n + 8 * header.get("features", 0) + _CRC.size)
 
 
 def _pack(record: Record) -> bytes:
     body = _STEP.pack(record.step, record.lr)
     for d in record.directions:
         body += _DIRECTION.pack(d.seed, d.signs, d.loss_plus, d.loss_minus, d.projected_grad)
+    body += struct.pack(f"<{len(record.features)}d", *record.features)
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def _unpack(data: bytes) -> Record | None:
+def _unpack(data: bytes, n_directions: int) -> Record | None:
     body = data[: -_CRC.size]
     if zlib.crc32(body) != _CRC.unpack(data[-_CRC.size :])[0]:
         return None
     step, lr = _STEP.unpack_from(body)
+    end = _STEP.size + n_directions * _DIRECTION.size
     directions = tuple(
         Direction(*_DIRECTION.unpack_from(body, offset))
-        for offset in range(_STEP.size, len(body), _DIRECTION.size)
+        for offset in range(_STEP.size, end, _DIRECTION.size)
     )
-    return Record(step, lr, directions)
+    return Record(
+        step, lr, directions, struct.unpack_from(f"<{(len(body) - end) // 8}d", body, end)
+    )

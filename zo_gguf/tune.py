@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zo_gguf.adjust import Adjustment, n_features
 from zo_gguf.clip import Clip
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example, load_train_valid
@@ -22,7 +23,7 @@ from zo_gguf.estimator import estimate, is_finite, unit_size
 from zo_gguf.evaluate import EvalResult, measure
 from zo_gguf.files import require_file
 from zo_gguf.interrupt import Interrupt
-from zo_gguf.noise import measure_noise
+from zo_gguf.noise import measure_noise, measure_units
 from zo_gguf.optimizer import check_optimizer, default_learning_rate
 from zo_gguf.progress import Progress
 from zo_gguf.report import TuneResult, finish
@@ -30,6 +31,7 @@ from zo_gguf.run import Run, State, open_trajectory
 from zo_gguf.schedule import learning_rate
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
+from zo_gguf.tune_config import parse_units
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Session:
     trajectory: Trajectory
     state: State
     clip: Clip
+    adjustment: Adjustment
 
     @property
     def config(self) -> TuneConfig:
@@ -85,17 +88,22 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.examples_per_step, config.seed, balance=config.balance)
         run = open_run()
-        trajectory = open_trajectory(run, trainable)
+        n = n_features(train, config.examples_per_step) if config.adjusts else 0
+        trajectory = open_trajectory(run, trainable, n)
         try:
             run.reload_metrics(trajectory.n_records)
             state = run.load_state(trainable, trajectory.n_records)
             trainable.place(state.theta, state.step)
-            clip = Clip(config.clip)
+            trainable.set_units(parse_units(run.config.unit))
+            clip, adjustment = Clip(config.clip), Adjustment(n)
             for record in trajectory.records():
                 clip.remember(record.directions)
+                adjustment.remember(record.features)
                 if record.step > state.step:
                     state.apply(record, trainable)
-            session = Session(run, trainable, engine, draw, valid, trajectory, state, clip)
+            session = Session(
+                run, trainable, engine, draw, valid, trajectory, state, clip, adjustment
+            )
             _resolve(session)
             with Interrupt() as interrupt:
                 _loop(session, interrupt)
@@ -107,8 +115,15 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
 def _resolve(session: Session) -> None:
     """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
     config, engine = session.config, session.engine
+    rows = session.draw(step=0)
+    if len(session.trainable.kinds) > 1 and not config.unit:
+        eps, units = measure_units(engine, rows)
+        config = dataclasses.replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
+        if config.eps == "auto":
+            config = dataclasses.replace(config, eps=eps)
+        session.trainable.set_units(parse_units(config.unit))
+        print(f"units {', '.join(config.unit)}", file=sys.stderr)
     if config.eps == "auto" or config.learning_rate is None:
-        rows = session.draw(step=0)
         report = measure_noise(engine, rows, None if config.eps == "auto" else float(config.eps))
         print(report.render(), file=sys.stderr)
         rate = config.learning_rate or default_learning_rate(
@@ -150,7 +165,7 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 _save(session)
                 interrupt.leave(run)
             rows = session.draw(state.step)
-            directions, scores = estimate(engine, rows, config, state.step)
+            directions, scores = estimate(engine, rows, config, state.step, session.adjustment)
             if not is_finite(directions):
                 _save(session)
                 raise ZoError(
@@ -159,7 +174,10 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 )
             directions = session.clip(directions)
             session.clip.remember(directions)
-            record = Record(state.step + 1, learning_rate(config, state.step), directions)
+            features = tuple(session.adjustment.features(scores.residuals).mean(axis=0).tolist())
+            session.adjustment.remember(features)
+            rate = learning_rate(config, state.step)
+            record = Record(state.step + 1, rate, directions, features)
             session.trajectory.append(record)
             state.apply(record, session.trainable)
             progress.stepped(record, scores, run)

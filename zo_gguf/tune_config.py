@@ -48,6 +48,24 @@ class RowsConfig(Config):
         parse_fields(self.field)
 
 
+def parse_units(units: list[str]) -> dict[str, float]:
+    """["gain=2.5"] -> {"gain": 2.5}.
+
+    Raises:
+        ZoError: An item has another form, or its length is not positive.
+    """
+    result = {}
+    for item in units:
+        kind, _, length = item.partition("=")
+        try:
+            result[kind] = float(length)
+        except ValueError:
+            result[kind] = 0.0
+        if not kind or not 0 < result[kind] < float("inf"):
+            raise ZoError(f"unit must look like gain=2.5, not {item!r}.")
+    return result
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(RowsConfig):
     """Options of `tune` and `plan`: zeroth-order fine-tuning of a quantized GGUF."""
@@ -99,6 +117,16 @@ class TuneConfig(RowsConfig):
     )
     curvature: bool = option(
         help="weigh each direction by the curvature along it, for one more forward", default=False
+    )
+    adjust: bool = option(
+        help="take from the slopes what the rows drawn explain (rows with choices, spsa)",
+        default=True,
+    )
+    unit: list[str] = option(
+        help="length of a unit step for one kind of parameter, such as gain=2.5; repeatable "
+        "(default: measured where several kinds are trained)",
+        default=[],
+        metavar="KIND=LENGTH",
     )
     train: str | None = option(
         help="tensors that are trained, by methods without a mask", default=None, metavar="REGEX"
@@ -152,6 +180,7 @@ class TuneConfig(RowsConfig):
             re.compile(self.train or "")
         except re.error as error:
             raise ZoError(f"train {self.train!r} is no regular expression: {error}.") from error
+        parse_units(self.unit)
         if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
             raise ZoError("grzo has as many directions as rows; leave --directions out.")
         if self.curvature and self.estimator != "spsa":
@@ -161,6 +190,11 @@ class TuneConfig(RowsConfig):
             object.__setattr__(self, "directions", default)
         if not self.mask:
             object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether slopes are adjusted, where the rows allow."""
+        return self.adjust and self.estimator == "spsa"
 
     @property
     def forwards_per_step(self) -> int:

@@ -16,6 +16,7 @@ from zo_gguf.methods.block_scale import block_scale
 from zo_gguf.methods.dense import dense
 from zo_gguf.methods.lora import lora
 from zo_gguf.methods.magnitude import magnitude
+from zo_gguf.methods.norm import norm
 from zo_gguf.methods.sensitive import sensitive
 from zo_gguf.methods.subspace import subspace
 from zo_gguf.options import nearest
@@ -23,6 +24,7 @@ from zo_gguf.options import nearest
 METHODS: dict[str, Callable[[TuneConfig, GgufFile], Delta]] = {
     "sensitive": sensitive,
     "magnitude": magnitude,
+    "norm": norm,
     "block-scale": block_scale,
     "subspace": subspace,
     "lora": lora,

@@ -1,0 +1,44 @@
+"""`norm`: tune the weights of the norms (LayerNorm tuning, arXiv 2312.11420), by forward passes.
+
+z ~ N(0, I) over one gain per norm weight; w * (1 + g + eps z) is applied to the norm's output, so
+the file stays mapped and several probes share a decode. Memory: 4 bytes per weight and what the
+optimizer keeps; a model has a few thousand of them per layer. The merged file is exact: norms are
+float tensors.
+"""
+
+import re
+
+import numpy as np
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.delta import Delta, DeltaHeader
+from zo_gguf.edits import Edits, Gain
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_file import GgufFile
+
+_FLOATS = ("F32", "F16", "BF16")
+_NORM = re.compile(r"norm\.weight$")
+
+
+def norm(config: TuneConfig, gguf: GgufFile) -> Delta:
+    """A gain of 0 for every weight of every norm, or of those that --train names.
+
+    Raises:
+        ZoError: The model has no such norms.
+    """
+    names = [
+        name
+        for name, info in gguf.tensors.items()
+        if _NORM.search(name)
+        and re.search(config.train or "", name)
+        and len(info.shape) == 1
+        and info.type.name in _FLOATS
+    ]
+    if not names:
+        raise ZoError(
+            f"{gguf.path.name!r} has no norm weights whose name matches {config.train or '.*'!r}; "
+            "`zo-gguf info` lists what it has."
+        )
+    edits: Edits = {name: Gain(gguf.tensors[name].n_cols) for name in names}
+    theta = np.zeros(sum(edit.size for edit in edits.values()), np.float32)
+    return Delta({}, {}, theta, DeltaHeader(gguf.path.name, gguf.sha256(), "norm"), edits)
