@@ -21,6 +21,7 @@ from zo_gguf.trainable import Trainable
 from zo_gguf.tune import load_rows
 
 _TIMED_STEPS = 3
+_WORTH_SAYING = 0.05  # of a step's time; less is noise
 _TRIAL_EPS = 1e-2  # timing does not depend on it
 BYTES_PER_ENTRY = 16  # of a tuned weight: master, position, noise
 _MIB = 1 << 20
@@ -42,6 +43,9 @@ class PlanResult:
         seconds: The whole run, choosing eps and validating included.
         disk: The run folder at the end.
         tokens_per_step: Forward tokens.
+        probes_per_decode: As asked for.
+        fastest: What would be fastest, of one, all of a step, and what was asked for.
+        saved: Share of a step's time that this would save.
     """
 
     weights: int
@@ -55,6 +59,14 @@ class PlanResult:
     seconds: float
     disk: int
     tokens_per_step: int
+    probes_per_decode: int
+    fastest: int
+    saved: float
+
+    def _advice(self) -> str:
+        if self.saved < _WORTH_SAYING:
+            return ""
+        return f" (--probes-per-decode {self.fastest} takes {100 * self.saved:.0f} % less time)"
 
     def render(self, as_json: bool = False) -> str:
         """A table, or JSON."""
@@ -69,6 +81,7 @@ class PlanResult:
             f"{'GPU':<24}{self.on_gpu}",
             f"{'forward tokens a step':<24}{self.tokens_per_step:>12,}",
             f"{'seconds a step':<24}{self.seconds_per_step:>12.3g}",
+            f"{'probes in a decode':<24}{self.probes_per_decode:>12}{self._advice()}",
             f"{'the whole run':<24}{_duration(self.seconds):>12}",
         ]
         return "\n".join(lines)
@@ -94,17 +107,14 @@ def plan(config: TuneConfig) -> PlanResult:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.examples_per_step, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
-        seconds, tokens = [], []
-        for step in range(-1, _TIMED_STEPS):  # the first one warms up
-            rows = draw(max(step, 0))
-            started = time.perf_counter()
-            _, scores = estimate(engine, rows, trial, step + 1)
-            if step >= 0:
-                seconds.append(time.perf_counter() - started)
-                tokens.append(scores.n_tokens)
+        width = config.probes_per_decode
+        timed = {width: _time_steps(engine, draw, trial, width)}
         grown = psutil.Process().memory_info().rss - before
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
-    per_step = float(np.median(seconds))
+        for other in _widths(engine, trial):
+            timed[other] = _time_steps(engine, draw, trial, other)
+    per_step, tokens = timed[width]
+    fastest = min(timed, key=lambda n: timed[n][0])
     state = first_state(method, config.optimizer)
     trainable = BYTES_PER_ENTRY * state.theta.size
     optimizer = sum(array.nbytes for array in state.optimizer.state.values())
@@ -122,8 +132,32 @@ def plan(config: TuneConfig) -> PlanResult:
         seconds_per_step=per_step,
         seconds=_total_seconds(config, per_step, len(valid)),
         disk=disk,
-        tokens_per_step=int(np.median(tokens)),
+        tokens_per_step=tokens,
+        probes_per_decode=width,
+        fastest=fastest,
+        saved=1 - timed[fastest][0] / per_step,
     )
+
+
+def _widths(engine: Engine, config: TuneConfig) -> list[int]:
+    """Other numbers of probes that may share a decode: one, and all of a step."""
+    if engine.parameters.one_probe_per_decode or config.estimator == "grzo":
+        return []
+    return sorted({1, config.forwards_per_step} - {config.probes_per_decode})
+
+
+def _time_steps(engine: Engine, draw: Draw, config: TuneConfig, width: int) -> tuple[float, int]:
+    """Median seconds and tokens of three steps with `width` probes in a decode."""
+    engine.probes_per_decode = width
+    seconds, tokens = [], []
+    for step in range(-1, _TIMED_STEPS):  # the first one warms up
+        rows = draw(max(step, 0))
+        started = time.perf_counter()
+        _, scores = estimate(engine, rows, config, step + 1)
+        if step >= 0:
+            seconds.append(time.perf_counter() - started)
+            tokens.append(scores.n_tokens)
+    return float(np.median(seconds)), int(np.median(tokens))
 
 
 def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:

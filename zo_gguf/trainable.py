@@ -87,6 +87,7 @@ class Trainable:
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,
+            probes_per_decode=config.probes_per_decode,
             distribution=distribution_of(config.estimator),
         )
         return self._engine

@@ -110,6 +110,13 @@ class TuneConfig(RowsConfig):
         default=None,
         low=1,
     )
+    probes_per_decode: int = option(
+        help="probes that share a decode, if the context holds them; `plan` measures what is "
+        "faster",
+        default=1,
+        low=1,
+        below=257,
+    )
     clip: float | Literal["adaptive"] | None = option(
         help="largest projected gradient; adaptive: three times the median of the last 100",
         default=None,
