@@ -98,15 +98,18 @@ def test_row_and_column_signs_are_balanced_and_independent() -> None:
 
 
 def test_signs_of_an_entry_do_not_depend_on_the_others() -> None:
+    shape, n = (300, 400), 120_000
     dense = Store(native_library(), 1)
-    dense.add("w", (50, 60), np.arange(3000), np.zeros(3000, np.float32))
+    dense.add("w", shape, np.arange(n), np.zeros(n, np.float32))
     flips = dense.noise(5, 9) / dense.noise(5)
-    index = np.sort(np.random.default_rng(0).choice(3000, 200, replace=False))
-    sparse = Store(native_library(), 1)
-    sparse.add("w", (50, 60), index, np.zeros(200, np.float32))
-    np.testing.assert_array_equal(sparse.noise(5, 9) / sparse.noise(5), flips[index])
+    rng = np.random.default_rng(0)
+    for count in (20, 300, 3000):  # few rows, some of them, and nearly all
+        index = np.sort(rng.choice(n, count, replace=False))
+        sparse = Store(native_library(), 1)
+        sparse.add("w", shape, index, np.zeros(count, np.float32))
+        np.testing.assert_array_equal(sparse.noise(5, 9) / sparse.noise(5), flips[index])
+        sparse.free()
     dense.free()
-    sparse.free()
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -223,7 +226,7 @@ def test_low_rank_refuses_what_is_out_of_range() -> None:
             product(part, 0, 0, *wrong)
     with pytest.raises(ZoError, match="w was added before"):
         part.add("w", (4, 6))
-    for shape in ((0, 6), (4, -1), (1 << 31, 6)):
+    for shape in ((0, 6), (4, -1), (1 << 31, 6), (4, 1 << 31)):
         with pytest.raises(ZoError, match="name and a shape"):
             part.add("x", shape)
     part.free()

@@ -190,6 +190,7 @@ BAD_FIELDS = {
     "no value per block": (field(10, 4, ()), 40),
     "three values per block": (field(30, 12, (0, 4, 8)), 120),
     "half a block": (field(9, 8, (0, 4)), 36),
+    "half a value pair": (field(9, 8, (0, 4)), 32),
     "an offset before the block": (field(10, 18, (-2,), F16, base=BASE), 180),
     "an f32 across the end of its block": (field(10, 4, (1,)), 40),
     "an f16 across the end of its block": (field(10, 18, (17,), F16, base=BASE), 180),

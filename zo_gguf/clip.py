@@ -32,7 +32,9 @@ class Clip:
         """The directions of the next step, clipped."""
         limit = self._limit
         if limit == "adaptive":
-            limit = _MEDIANS * float(np.median(self._recent)) if self._recent else None
+            # Where most slopes are 0 there is no scale; a limit of 0 would never be left again.
+            limit = _MEDIANS * float(np.median(self._recent)) if self._recent else 0.0
+            limit = limit or None
         if limit is None:
             return directions
         low, high = -float(limit), float(limit)

@@ -81,8 +81,13 @@ class Delta:
         n = self.n_sparse + sum(edit.size for edit in self.edits.values())
         if self.theta.shape != (n,):
             raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {n} positions.")
+        if self.theta.dtype != np.float32:
+            raise ZoError(f"theta is {self.theta.dtype}, but masters are float32.")
         if self.tensors:
             check_entries(self._entries(), _KIND)
+        for name, edit in self.low_rank.items():
+            if self.shapes.get(name, shape := (edit.n_rows, edit.n_cols)) != shape:
+                raise ZoError(f"The delta has two shapes for {name!r}; make it again.")
         if not np.isfinite(self.theta).all():
             raise ZoError("The delta has values that are NaN or infinite; make it again.")
 

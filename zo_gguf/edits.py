@@ -147,22 +147,26 @@ def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> Edits:
         for name, form, kind, *numbers in rows:
             if form == "live" and kind in ("scale", "weight"):
                 n_values, relative, limit = numbers
-                edits[name] = Live(
-                    kind, _count(n_values), bool(relative), math.inf if limit is None else limit
-                )
+                if type(relative) is not bool or (limit is not None and _number(limit) < 0):
+                    raise ValueError(f"relative {relative!r}, limit {limit!r}")
+                limit = math.inf if limit is None else float(limit)
+                edits[name] = Live(kind, _count(n_values), relative, limit)
             elif form == kind == "gain":
                 (n_values,) = numbers
                 edits[name] = Gain(_count(n_values))
             elif form == "low-rank" and kind in ("lora", "subspace"):
-                n_rows, n_cols, rank, n_windows = map(_count, numbers[:4])
+                *sizes, scale, refresh = numbers
+                n_rows, n_cols, rank, n_windows = map(_count, sizes)
+                if type(refresh) is not int or refresh < 0:
+                    raise ValueError(f"the refresh {refresh!r}")
                 windows = n_windows if kind == "subspace" else 0
                 left = _array(arrays, f"{name}.left", (windows, rank, n_rows))
                 right = _array(arrays, f"{name}.right", (windows, rank, n_cols))
-                scale, refresh = float(numbers[4]), int(numbers[5])
+                scale = _number(scale)
                 edits[name] = LowRank(kind, n_rows, n_cols, rank, scale, refresh, left, right)
             else:
                 raise ValueError(f"{form} {kind}")
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ZoError(f"The {what} is damaged ({error}); make it again.") from error
     return edits
 
@@ -187,6 +191,12 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 < value < 1 << 40:
         raise ValueError(f"the size {value!r}")
     return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"the number {value!r}")
+    return float(value)
 
 
 def _finite(limit: float) -> float | None:

@@ -7,9 +7,11 @@ Needs no model, so that a trajectory can be replayed without one.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from zo_gguf.delta import Delta
+from zo_gguf.edits import Edit, Live
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Gain, Hook, InPlace, LowRank, Store
@@ -47,10 +49,11 @@ class Parameters:
         distribution: int = NORMAL,
     ) -> None:
         self._library, self._distribution = library, distribution
-        self.delta = delta
+        self.delta, self._gguf = delta, gguf
         self._theta = delta.theta.copy()
         self.step: int | None = None  # all subspaces, as after the run
         self._units: dict[str, float] = {}
+        self._live_kind = next((edit.kind for edit in delta.live.values()), "")
         self._slices = slices = delta.edit_slices()
         self._store = self._in_place = self._low_rank = self._gain = None
         theta = delta.theta
@@ -79,13 +82,17 @@ class Parameters:
     @property
     def kinds(self) -> list[str]:
         """Kinds of parameters in the order of theta: "sparse", "scale", "weight", "gain", ..."""
-        edits = [edit.kind for edit in self.delta.edits.values()]
+        edits = [self._kind(edit) for edit in self.delta.edits.values()]
         return list(dict.fromkeys(([SPARSE] if self.delta.tensors else []) + edits))
+
+    def _kind(self, edit: Edit) -> str:
+        """Edits in place go by the name of the first of them: they are written in one go."""
+        return self._live_kind if isinstance(edit, Live) else edit.kind
 
     def set_units(self, units: Mapping[str, float]) -> None:
         """Lengths of a unit step per kind of parameter; 1 where nothing is said.
 
-        Probes move a parameter by scale * unit * z. In-place edits of different kinds share one.
+        Probes move a parameter by scale * unit * z. All edits in place share one.
         """
         self._units = dict(units)
 
@@ -95,7 +102,7 @@ class Parameters:
             return None
         result = np.full(self.size, self._unit(SPARSE), np.float32)
         for name, edit in self.delta.edits.items():
-            result[self._slices[name]] = self._unit(edit.kind)
+            result[self._slices[name]] = self._unit(self._kind(edit))
         return result
 
     def _unit(self, kind: str) -> float:
@@ -119,8 +126,12 @@ class Parameters:
             return 0.0
         if any(edit.kind == "scale" and edit.relative for edit in live.values()):
             return 2.0**-11  # f16 has 11 significant bits
-        typical = [np.abs(self._theta[self._slices[name]]).mean() for name in live]
-        return float(np.mean(typical)) * 2.0**-11
+        relative = {Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.F32: 2.0**-24}
+        return max(
+            float(np.abs(self._theta[self._slices[name]]).mean())
+            * relative.get(self._gguf.tensors[name].type, 2.0**-11)
+            for name in live
+        )
 
     def hook(self, n_threads: int, force_staged: bool = False) -> Hook:
         """A hook that applies these parameters."""
@@ -214,8 +225,7 @@ class Parameters:
         """
         if self._in_place is not None:
             (probe,) = probes
-            kind = next(iter(self.delta.live.values())).kind
-            self._in_place.apply(probe[0], probe[2] * self._unit(kind))
+            self._in_place.apply(probe[0], probe[2] * self._unit(self._live_kind))
         for branch, (seed, _, scale) in enumerate(probes):
             if self._gain is not None:
                 self._set_gains(self._gain, branch, seed, scale)

@@ -180,6 +180,8 @@ def read_sparse(
 
 
 def _edit_names(rows: list[list[Any]], present: Container[str]) -> list[str]:
+    if any(not isinstance(row, list) or not row or type(row[0]) is not str for row in rows):
+        raise ValueError("a row of its edits has no name")
     names = [f"{row[0]}.{suffix}" for row in rows for suffix in _EDIT_ARRAYS]
     return [name for name in names if name in present]
 

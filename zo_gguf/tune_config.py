@@ -195,6 +195,11 @@ class TuneConfig(RowsConfig):
         if self.directions is None:
             default = {"spsa": 1, "fzoo": 8, "grzo": self.examples_per_step}[self.estimator]
             object.__setattr__(self, "directions", default)
+        if self.estimator != "spsa" and self.directions == 1:
+            raise ZoError(
+                f"{self.estimator} divides by the deviation of several losses: "
+                "raise --directions (fzoo) or --examples-per-step (grzo)."
+            )
         if not self.mask:
             object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
 
