@@ -89,6 +89,8 @@ def test_schedules(schedule: str, middle: float, last: float) -> None:
 
 def test_default_rates_move_weights_equally_far() -> None:
     eps, slope = 0.05, 4.0
-    adam, sgd = (default_learning_rate(name, eps, slope) for name in ("adam", "sgd"))
+    adam, sgd = (default_learning_rate(name, eps, slope, 500) for name in ("adam", "sgd"))
     assert sgd * slope == pytest.approx(adam, rel=0.05)
-    assert default_learning_rate("adam", 2 * eps, slope) == pytest.approx(2 * adam, rel=0.05)
+    assert default_learning_rate("adam", 2 * eps, slope, 500) == pytest.approx(2 * adam, rel=0.05)
+    assert default_learning_rate("adam", eps, slope, 1000) == adam
+    assert default_learning_rate("adam", eps, slope, 4000) == pytest.approx(adam / 2, rel=0.05)

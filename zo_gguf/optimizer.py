@@ -16,6 +16,7 @@ from zo_gguf.trajectory import Direction
 
 Vector = NDArray[np.float32]
 _STEP_FRACTION = 0.3  # of eps; the best of several, see tools/LOG.md
+_SHORT = 1000  # steps of a run up to which it holds
 
 
 class Optimizer(Protocol):
@@ -110,16 +111,19 @@ def check_optimizer(name: str) -> None:
         raise ZoError(f"There is no optimizer {name!r}{nearest(name, OPTIMIZERS)} Known: {known}.")
 
 
-def default_learning_rate(optimizer: str, eps: float, size: float) -> float:
-    """A learning rate that moves a weight by a fixed fraction of eps per step.
+def default_learning_rate(optimizer: str, eps: float, size: float, iters: int) -> float:
+    """A learning rate that moves a weight by a certain fraction of eps per step.
 
     eps is the distance over which the loss was found to be linear, and so the natural unit of a
-    step. Adam moves a weight by about lr whatever the loss; sgd by lr times the estimate.
+    step. Adam moves a weight by about lr whatever the loss; sgd by lr times the estimate. Most of
+    a step is noise, so theta diffuses as lr * sqrt(steps): the fraction falls with the square root
+    of the length of a long run.
 
     Args:
         optimizer: A key of OPTIMIZERS.
         eps: Perturbation size.
         size: Root mean square of an entry of the gradient estimate.
+        iters: Steps of the run.
     """
-    distance = _STEP_FRACTION * eps
+    distance = _STEP_FRACTION * eps * (_SHORT / max(_SHORT, iters)) ** 0.5
     return float(f"{distance if optimizer == 'adam' else distance / size:.2g}")

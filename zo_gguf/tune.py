@@ -127,7 +127,7 @@ def _resolve(session: Session) -> None:
         report = measure_noise(engine, rows, None if config.eps == "auto" else float(config.eps))
         print(report.render(), file=sys.stderr)
         rate = config.learning_rate or default_learning_rate(
-            config.optimizer, report.eps, unit_size(config, report.slope)
+            config.optimizer, report.eps, unit_size(config, report.slope), config.iters
         )
         config = dataclasses.replace(config, eps=report.eps, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
