@@ -15,7 +15,7 @@ from zo_gguf.options import nearest
 from zo_gguf.trajectory import Direction
 
 Vector = NDArray[np.float32]
-_STEP_FRACTION = 0.2  # of eps; the best of several, see tools/LOG.md
+_STEP_FRACTION = 0.3  # of eps; the best of several, see tools/LOG.md
 _SHORT = 1000  # steps of a run up to which it holds
 
 

@@ -127,7 +127,7 @@ class TuneConfig(RowsConfig):
     )
     adjust: bool = option(
         help="take from the slopes what the rows drawn explain (rows with choices, spsa)",
-        default=True,
+        default=False,
     )
     unit: list[str] = option(
         help="length of a unit step for one kind of parameter, such as gain=2.5; repeatable "
