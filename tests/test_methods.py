@@ -259,16 +259,20 @@ def test_lora_in_stock(method: str, folder: Path, tmp_path: Path) -> None:
 
 # ---- refusals ------------------------------------------------------------------------------------
 
+GRZO = {"estimator": "grzo", "unit": ["sparse=1", "weight=1"]}
+EDITING = ["block-scale", "dense", "norm", "lora", "sensitive+dense"]
 REFUSALS = [
     ("block-scale", "F16", {}, "no quantized matrices.*--method dense"),
     ("dense", "Q4_0", {"train": "attn_q"}, "'blk.0.attn_q.weight' is quantized to Q4_0"),
     ("norm", "Q4_0", {"train": "attn_q"}, "no norm weights"),
     ("subspace", "Q4_0", {"rank": 32, "refresh": 2}, "20 subspaces of rank 32 need rank 640"),
     ("subspace", "Q4_0", {"rank": 129}, "at most 128 is possible; lower --rank"),
-    ("dense+magnitude", "F16", {}, "train the same weights"),
-    ("subspace+lora", "Q4_0", {}, "train the same weights"),
-    ("sensitive+magnitude", "Q4_0", {}, "train the same weights"),
+    ("dense+magnitude", "F16", {}, "train the same tensors"),
+    ("subspace+lora", "Q4_0", {}, "train the same tensors"),
+    ("sensitive+magnitude", "Q4_0", {}, "train the same tensors"),
+    ("sensitive+dense", "F16", {}, "train the same tensors"),
     ("dense", "F16", {"probes_per_decode": 2}, "one probe at a time"),
+    *((method, "Q4_0", GRZO, "grzo needs.*--method sensitive") for method in EDITING),
 ]
 
 
@@ -279,13 +283,6 @@ def test_refusals_cost_nothing(
     with pytest.raises(ZoError, match=message):
         tune_module.tune(config(folder, method, quant, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("method", ["block-scale", "dense", "norm", "lora", "sensitive+dense"])
-def test_grzo_needs_sparse_entries(method: str, folder: Path, tmp_path: Path) -> None:
-    options = {"estimator": "grzo", "unit": ["sparse=1", "weight=1"]}
-    with pytest.raises(ZoError, match=r"grzo needs.*--method sensitive"):
-        tune_module.tune(config(folder, method, "Q4_0", tmp_path / "run", **options))
 
 
 @pytest.mark.parametrize("case", IN_PLACE)

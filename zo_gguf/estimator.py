@@ -21,7 +21,6 @@ from zo_gguf.adjust import Adjustment
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example
 from zo_gguf.engine import Engine, Probe, Scores
-from zo_gguf.errors import ZoError
 from zo_gguf.handles import NORMAL, RADEMACHER
 from zo_gguf.trajectory import Direction
 
@@ -134,11 +133,6 @@ def grzo(engine: Engine, examples: Sequence[Example], seed: int, eps: float) -> 
     Raises:
         ZoError: Not all trainable parameters are sparse entries.
     """
-    if engine.parameters.delta.edits:
-        raise ZoError(
-            "grzo needs parameters that can differ between the rows of a decode: use it with "
-            "--method sensitive, or another --estimator."
-        )
     signs = [_mix(seed + row) | 1 for row in range(len(examples))]  # 0 would mean none
     probes = [[Probe(seed, side * eps, sign) for sign in signs] for side in (1.0, -1.0)]
     scores = engine.score(examples, probes)

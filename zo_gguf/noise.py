@@ -24,7 +24,7 @@ _FIRST, _LAST = 4e-3, 0.512
 _LEAST = 1e-6  # eps below which nothing is tried
 MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
-_CLEAR = 0.2  # relative noise of the slopes below which such a change can be trusted
+_CLEAR = 2.5  # times the noise from which on a change is one
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def measure_noise(
             ladder.append(eps)
             rows.append(slopes)
             bar.update(1)
-            if len(rows) > 1 and _bends(rows, ladder, floor):
-                if len(rows) > 2 or first <= max(_LEAST, 4 * tiny):
+            if len(rows) > 2 and _bends(rows, ladder, floor):
+                if not _bends_at_once(rows, ladder) or first <= max(_LEAST, 4 * tiny):
                     break
                 # Not linear from the start: the parameters are large in number or in effect.
                 ladder, rows = [], []
@@ -105,6 +105,7 @@ def measure_noise(
     if tiny > _TINY:  # such a step changes the loss by more than noise
         slope = _rms(rows[0])
         floor = float(np.sqrt(max(floor**2 - (2 * tiny * slope) ** 2, (floor / 10) ** 2)))
+    floor = max(floor, min(_unrest(rows, ladder)))
     return _choose(np.array(ladder), np.stack(rows), floor)
 
 
@@ -149,12 +150,29 @@ def _differences(
     return np.asarray(losses[:, 0] - losses[:, 1])
 
 
+def _unrest(rows: list[NDArray[np.float64]], ladder: list[float]) -> list[float]:
+    """Noise of a loss difference if noise alone moved the slopes, for every pair of rungs.
+
+    Noise gives the same at every pair, curvature eight times as much at each as at the one before.
+    So the smallest bounds the floor from above, and at the eps that matter: perturbations that
+    should change nothing flip fewer of the activations' codes than real ones.
+    """
+    pairs = zip(rows, rows[1:], ladder, strict=False)
+    return [2 * eps * _rms(after - before) / np.sqrt(1.25) for before, after, eps in pairs]
+
+
 def _bends(rows: list[NDArray[np.float64]], ladder: list[float], floor: float) -> bool:
     """Whether the slopes moved from one rung to the next by more than noise explains."""
-    size = max(_rms(rows[-1]), 1e-300)
-    noise = floor / (2 * ladder[-2]) / size
-    moved = _rms(rows[-1] - rows[-2]) / size
-    return noise < _CLEAR and moved**2 > _NONLINEAR**2 + 2 * noise**2
+    moved = _rms(rows[-1] - rows[-2]) / max(_rms(rows[-1]), 1e-300)
+    unrest = _unrest(rows, ladder)
+    return moved > _NONLINEAR and unrest[-1] > _CLEAR * max(floor, min(unrest))
+
+
+def _bends_at_once(rows: list[NDArray[np.float64]], ladder: list[float]) -> bool:
+    """Whether curvature moved the slopes between the first two rungs already."""
+    moved = _rms(rows[1] - rows[0]) / max(_rms(rows[1]), 1e-300)
+    unrest = _unrest(rows, ladder)
+    return moved > _NONLINEAR and unrest[1] > _CLEAR * unrest[0]
 
 
 def _choose(ladder: NDArray[np.float64], slopes: NDArray[np.float64], floor: float) -> NoiseReport:

@@ -44,19 +44,32 @@ def start(config: TuneConfig, gguf: GgufFile) -> Delta:
     """What a run trains, at its first theta; "a+b" trains the parameters of both.
 
     Raises:
-        ZoError: There is no such method, an option or the base does not fit, or two methods train
-            the same tensor in ways that exclude each other.
+        ZoError: There is no such method, an option or the base does not fit, two methods train the
+            same tensor in ways that exclude each other, or the estimator cannot perturb it.
     """
     check_method(config.method)
+    delta = _start(config, gguf)
+    if config.estimator == "grzo" and delta.edits:
+        raise ZoError(
+            "grzo needs parameters that can differ between the rows of a decode: use it with "
+            "--method sensitive, or another --estimator."
+        )
+    return delta
+
+
+def _start(config: TuneConfig, gguf: GgufFile) -> Delta:
     deltas = [METHODS[part](config, gguf) for part in config.method.split("+")]
     if len(deltas) == 1:
         return deltas[0]
     sparse = [delta for delta in deltas if delta.tensors]
     edited = [name for delta in deltas for name in delta.edits]
-    if len(sparse) > 1 or len(set(edited)) < len(edited):
+    whole = {n for delta in deltas for n, edit in delta.live.items() if edit.kind == "weight"}
+    twice = len(sparse) > 1 or any(whole & set(delta.tensors) for delta in sparse)
+    if twice or len(set(edited)) < len(edited):
         raise ZoError(
-            f"The methods of {config.method!r} train the same weights; combine sparse entries with "
-            "edits of other kinds, such as sensitive+block-scale."
+            f"The methods of {config.method!r} would train the same tensors; combine sparse "
+            "entries with edits of other kinds, such as sensitive+block-scale, or narrow one with "
+            "--train."
         )
     parts = [delta.theta[: delta.n_sparse] for delta in sparse]
     parts += [delta.theta[delta.n_sparse :] for delta in deltas]
