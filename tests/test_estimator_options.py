@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_estimators import EPS, ROWS, Toy, config, linear, quadratic
+from test_estimators import ROWS, Toy, config, linear, quadratic
 
 from zo_gguf.batch import branch_per_example, build_request, lay_out
 from zo_gguf.clip import Clip
 from zo_gguf.dataset import Example
 from zo_gguf.errors import ZoError
-from zo_gguf.estimator import direction_seeds, distribution_of, estimate, grzo, unit_size
+from zo_gguf.estimator import direction_seeds, distribution_of, estimate, unit_size
 from zo_gguf.handles import NORMAL, RADEMACHER
 from zo_gguf.trajectory import Direction, Record, Trajectory
 
@@ -58,14 +58,6 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
 def test_bad_combinations_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ZoError, match=message):
         config(**options)
-
-
-def test_grzo_needs_sparse_entries_only() -> None:
-    engine: Any = Toy(linear)
-    engine.parameters.delta.edits = {"blk.0.attn_q.weight": object()}
-    with pytest.raises(ZoError, match="--method sensitive"):
-        grzo(engine, ROWS, 1, EPS)
-    assert engine.n_probes == 0
 
 
 def test_what_z_is_drawn_from() -> None:

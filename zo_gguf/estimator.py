@@ -108,7 +108,7 @@ def spsa(
     n = 2 * len(seeds)
     pairs = means[:n].reshape(-1, 2)  # (n_directions, 2)
     slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
-    if adjustment is not None:
+    if adjustment is not None and adjustment.n > 0:
         by_row = (scores.losses[0:n:2] - scores.losses[1:n:2]) / (2 * eps)
         slopes = adjustment(by_row, adjustment.features(scores.residuals))
     if curvature:
