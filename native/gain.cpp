@@ -22,11 +22,6 @@ void gain_apply(const gain_weight & weight, const std::vector<float> & factors, 
 using zo::fail;
 using zo::guarded;
 
-const zo::gain_weight * zo_gain::find(std::string_view name) const {
-    const auto it = by_name.find(name);
-    return it == by_name.end() ? nullptr : &weights[it->second];
-}
-
 zo_status zo_gain_init(zo_gain ** gain) {
     return guarded([&] {
         if (gain == nullptr) {
@@ -46,15 +41,13 @@ zo_status zo_gain_add(zo_gain * gain, const char * name, int64_t n) {
         if (gain == nullptr || name == nullptr || n < 1 || n > std::numeric_limits<int32_t>::max()) {
             return fail(ZO_ARGUMENT, "zo_gain_add needs a name and a length");
         }
-        if (gain->by_name.count(name) != 0) {
+        if (gain->find(name) != nullptr) {
             return fail(ZO_ARGUMENT, std::string(name) + " was added before");
         }
         zo::gain_weight weight;
         weight.name = name;
         weight.n    = n;
-        weight.id   = gain->weights.size();
-        gain->by_name.emplace(name, weight.id);
-        gain->weights.push_back(std::move(weight));
+        gain->append(std::move(weight));
         return ZO_OK;
     });
 }

@@ -3,11 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "named.h"
 #include "sparse.h"
 #include "zo.h"
 
@@ -16,7 +15,7 @@ namespace zo {
 struct gain_weight {
     std::string                     name;
     int64_t                         n  = 0;
-    size_t                          id = 0;
+    uint32_t                        id = 0;
     std::vector<std::vector<float>> branches;  // factors, [n] each
 };
 
@@ -26,9 +25,4 @@ void gain_apply(const gain_weight & weight, const std::vector<float> & factors, 
 
 }  // namespace zo
 
-struct zo_gain {
-    std::vector<zo::gain_weight>               weights;
-    std::map<std::string, size_t, std::less<>> by_name;
-
-    const zo::gain_weight * find(std::string_view name) const;
-};
+struct zo_gain : zo::named_weights<zo::gain_weight> {};

@@ -83,6 +83,21 @@ struct overlays {
     const std::string & name() const { return sparse != nullptr ? sparse->name : lowrank->name; }
 };
 
+// Appends the names of the weights that no node multiplied by.
+template <typename Table>
+void list_silent(const Table * table, const std::vector<int32_t> & fired, std::string & names) {
+    for (size_t i = 0; i < fired.size(); ++i) {
+        if (fired[i] == 0) {
+            names += (names.empty() ? "" : ", ") + table->weights[i].name;
+        }
+    }
+}
+
+template <typename Table>
+void reset_fired(const Table * table, std::vector<int32_t> & fired) {
+    fired.assign(table != nullptr ? table->weights.size() : 0, 0);
+}
+
 }  // namespace
 
 struct zo_hook {
@@ -116,8 +131,10 @@ struct zo_hook {
 
     // The gain of an element-wise product, NULL where there is none.
     const zo::gain_weight * find_gain(const ggml_tensor * node) const;
-    // What a node's n columns are: ranges of tokens or outputs; NULL if the engine split the batch.
-    const std::vector<column_range> * columns_of(int64_t n, std::vector<column_range> & all) const;
+    // What n columns of a weight's product are: ranges of tokens or outputs. Refuses other numbers, and is
+    // NULL then; `all` holds the one range of a batch that was not announced.
+    const std::vector<column_range> * columns_of(const std::string & name, int64_t n,
+                                                 std::vector<column_range> & all);
     bool                              refuse(std::string text);
 };
 
@@ -160,10 +177,9 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
         return refuse("the matrix product with " + added.name() + " has an unexpected shape or type");
     }
     std::vector<column_range>         all;
-    const std::vector<column_range> * ranges = columns_of(n_columns(node), all);
+    const std::vector<column_range> * ranges = columns_of(added.name(), n_columns(node), all);
     if (ranges == nullptr) {
-        return refuse("the engine split the batch: " + added.name() + " got " +
-                      std::to_string(n_columns(node)) + " columns instead of " + std::to_string(n_tokens));
+        return false;
     }
     const bool  staged = force_staged || !in_host_memory(node) || !in_host_memory(x);
     host_view   in(x, staged), out(node, staged);
@@ -183,13 +199,19 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
     return true;
 }
 
-const std::vector<column_range> * zo_hook::columns_of(int64_t n, std::vector<column_range> & all) const {
+const std::vector<column_range> * zo_hook::columns_of(const std::string & name, int64_t n,
+                                                      std::vector<column_range> & all) {
     if (!open) {
         all.assign(1, { 0, n, 0 });
         return &all;
     }
+    if (n != n_tokens && n != n_outputs) {
+        refuse("the engine split the batch: " + name + " got " + std::to_string(n) + " columns instead of " +
+               std::to_string(n_tokens));
+        return nullptr;
+    }
     // The engine drops all but the output columns somewhere in the last layer.
-    return n == n_tokens ? &tokens : n == n_outputs ? &outputs : nullptr;
+    return n == n_tokens ? &tokens : &outputs;
 }
 
 const zo::gain_weight * zo_hook::find_gain(const ggml_tensor * node) const {
@@ -206,12 +228,10 @@ bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
     }
     // The norms of heads have [n, heads, tokens] values, others [n, tokens].
     const int64_t                     n_heads = node->ne[2] > 1 ? node->ne[1] : 1;
-    const int64_t                     n       = n_columns(node) / n_heads;
     std::vector<column_range>         all;
-    const std::vector<column_range> * ranges = columns_of(n, all);
+    const std::vector<column_range> * ranges = columns_of(weight.name, n_columns(node) / n_heads, all);
     if (ranges == nullptr) {
-        return refuse("the engine split the batch: " + weight.name + " got " + std::to_string(n) +
-                      " columns instead of " + std::to_string(n_tokens));
+        return false;
     }
     const bool staged = force_staged || !in_host_memory(node);
     host_view  out(node, staged);
@@ -362,9 +382,9 @@ zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
         }
         hook->error.clear();
         hook->saw_output = false;
-        hook->fired.assign(hook->store != nullptr ? hook->store->weights.size() : 0, 0);
-        hook->lowrank_fired.assign(hook->lowrank != nullptr ? hook->lowrank->weights.size() : 0, 0);
-        hook->gain_fired.assign(hook->gain != nullptr ? hook->gain->weights.size() : 0, 0);
+        reset_fired(hook->store, hook->fired);
+        reset_fired(hook->lowrank, hook->lowrank_fired);
+        reset_fired(hook->gain, hook->gain_fired);
         hook->open = false;
         hook->branches.assign(1, zo_branch{ 0, 0, 0.0f });
         if (batch == nullptr) {
@@ -410,21 +430,9 @@ zo_status zo_hook_end(zo_hook * hook, double * nll) {
             return fail(ZO_GRAPH, hook->error);
         }
         std::string silent;
-        for (size_t i = 0; i < hook->fired.size(); ++i) {
-            if (hook->fired[i] == 0) {
-                silent += (silent.empty() ? "" : ", ") + hook->store->weights[i].name;
-            }
-        }
-        for (size_t i = 0; i < hook->lowrank_fired.size(); ++i) {
-            if (hook->lowrank_fired[i] == 0) {
-                silent += (silent.empty() ? "" : ", ") + hook->lowrank->weights[i].name;
-            }
-        }
-        for (size_t i = 0; i < hook->gain_fired.size(); ++i) {
-            if (hook->gain_fired[i] == 0) {
-                silent += (silent.empty() ? "" : ", ") + hook->gain->weights[i].name;
-            }
-        }
+        list_silent(hook->store, hook->fired, silent);
+        list_silent(hook->lowrank, hook->lowrank_fired, silent);
+        list_silent(hook->gain, hook->gain_fired, silent);
         if (!silent.empty()) {
             return fail(ZO_GRAPH, "the engine never multiplied by: " + silent);
         }

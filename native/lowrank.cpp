@@ -53,11 +53,6 @@ void lowrank_apply(const lowrank_weight & weight, const lowrank_factors & factor
 using zo::fail;
 using zo::guarded;
 
-const zo::lowrank_weight * zo_lowrank::find(std::string_view name) const {
-    const auto it = by_name.find(name);
-    return it == by_name.end() ? nullptr : &weights[it->second];
-}
-
 zo_status zo_lowrank_init(zo_lowrank ** lowrank) {
     return guarded([&] {
         if (lowrank == nullptr) {
@@ -79,16 +74,14 @@ zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows
             n_cols > limit) {
             return fail(ZO_ARGUMENT, "zo_lowrank_add needs a name and a shape");
         }
-        if (lowrank->by_name.count(name) != 0) {
+        if (lowrank->find(name) != nullptr) {
             return fail(ZO_ARGUMENT, std::string(name) + " was added before");
         }
         zo::lowrank_weight weight;
         weight.name   = name;
         weight.n_rows = n_rows;
         weight.n_cols = n_cols;
-        weight.id     = lowrank->weights.size();
-        lowrank->by_name.emplace(name, weight.id);
-        lowrank->weights.push_back(std::move(weight));
+        lowrank->append(std::move(weight));
         return ZO_OK;
     });
 }

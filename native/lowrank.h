@@ -3,11 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "named.h"
 #include "sparse.h"
 #include "zo.h"
 
@@ -22,7 +21,7 @@ struct lowrank_weight {
     std::string                  name;
     int64_t                      n_rows = 0;
     int64_t                      n_cols = 0;
-    size_t                       id     = 0;
+    uint32_t                     id     = 0;
     std::vector<lowrank_factors> branches;
 };
 
@@ -33,9 +32,4 @@ void lowrank_apply(const lowrank_weight & weight, const lowrank_factors & factor
 
 }  // namespace zo
 
-struct zo_lowrank {
-    std::vector<zo::lowrank_weight>            weights;
-    std::map<std::string, size_t, std::less<>> by_name;
-
-    const zo::lowrank_weight * find(std::string_view name) const;
-};
+struct zo_lowrank : zo::named_weights<zo::lowrank_weight> {};

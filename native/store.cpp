@@ -146,11 +146,6 @@ static zo_status build_weight(sparse_weight & w, int64_t nnz, const int64_t * in
 using zo::fail;
 using zo::guarded;
 
-const zo::sparse_weight * zo_store::find(std::string_view name) const {
-    const auto it = by_name.find(name);
-    return it == by_name.end() ? nullptr : &weights[it->second];
-}
-
 void zo_store::fill_noise(uint64_t seed, float * z) const {
     constexpr int64_t chunk = 1 << 14;
     for (const zo::sparse_weight & w : weights) {
@@ -254,7 +249,7 @@ zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int6
         if (n_rows < 1 || n_cols < 1 || nnz < 1 || n_rows > limit || n_cols > limit || nnz > limit) {
             return fail(ZO_ARGUMENT, std::string("sizes of ") + name + " are out of range");
         }
-        if (store->by_name.count(name) != 0) {
+        if (store->find(name) != nullptr) {
             return fail(ZO_ARGUMENT, std::string(name) + " was added before");
         }
         zo::sparse_weight w;
@@ -262,15 +257,13 @@ zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int6
         w.n_rows               = n_rows;
         w.n_cols               = n_cols;
         w.offset               = (int64_t) store->theta.size();
-        w.id                   = (uint32_t) store->weights.size();
         const zo_status status = zo::build_weight(w, nnz, indices);
         if (status != ZO_OK) {
             return status;
         }
         store->keep_noise({});
         store->theta.insert(store->theta.end(), theta, theta + nnz);
-        store->weights.push_back(std::move(w));
-        store->by_name.emplace(name, store->weights.size() - 1);
+        store->append(std::move(w));
         return ZO_OK;
     });
 }

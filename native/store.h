@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <map>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "named.h"
 #include "zo.h"
 
 namespace zo {
@@ -46,12 +46,10 @@ constexpr uint32_t FIRST_INPLACE_TENSOR = 1u << 30;
 
 }  // namespace zo
 
-struct zo_store {
-    zo_distribution                            distribution = ZO_NORMAL;
-    int                                        n_threads    = 1;
-    std::vector<zo::sparse_weight>             weights;
-    std::vector<float>                         theta;
-    std::map<std::string, size_t, std::less<>> by_name;
+struct zo_store : zo::named_weights<zo::sparse_weight> {
+    zo_distribution    distribution = ZO_NORMAL;
+    int                n_threads    = 1;
+    std::vector<float> theta;
 
     // z(seed) of all entries. Kept until other seeds are wanted, because the two branches of a
     // symmetric probe and the commit that follows ask for the same one.
@@ -63,8 +61,6 @@ struct zo_store {
     const float * branch_values(const zo::sparse_weight & weight, const zo_branch & branch);
     // Multiplies a weight's entries by their rows' and columns' signs.
     void flip(const zo::sparse_weight & weight, uint64_t signs, float * z);
-
-    const zo::sparse_weight * find(std::string_view name) const;
 
 private:
     std::map<uint64_t, std::vector<float>> noise_;

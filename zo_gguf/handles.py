@@ -16,13 +16,59 @@ Vector = NDArray[np.float32]
 NORMAL, RADEMACHER = 0, 1  # zo_distribution
 
 
-class Store:
-    """zo_store: f32 masters of all trainable entries."""
+class _Handle:
+    """An object of libzo, made by zo_<kind>_init and released by `free`."""
 
-    def __init__(self, library: Library, n_threads: int, distribution: int = NORMAL) -> None:
+    kind: str
+
+    def __init__(self, library: Library, *arguments: Any) -> None:
         self._library = library
         self.handle = Handle()
-        library.call("zo_store_init", ctypes.byref(self.handle), distribution, n_threads)
+        self._call("init", ctypes.byref(self.handle), *arguments)
+
+    def _call(self, verb: str, *arguments: Any) -> None:
+        self._library.call(f"zo_{self.kind}_{verb}", *arguments)
+
+    def free(self) -> None:
+        """Release the native object; further calls are bugs."""
+        getattr(self._library.functions, f"zo_{self.kind}_free")(self.handle)
+        self.handle = Handle()
+
+
+class _Masters(_Handle):
+    """f32 masters kept by libzo, and their noise."""
+
+    def __init__(self, library: Library, n_threads: int, distribution: int = NORMAL) -> None:
+        super().__init__(library, distribution, n_threads)
+
+    @property
+    def size(self) -> int:
+        """Number of masters of all weights."""
+        return int(getattr(self._library.functions, f"zo_{self.kind}_size")(self.handle))
+
+    def read(self) -> Vector:
+        """A copy of the masters, (size,)."""
+        return self._filled("read")
+
+    def write(self, theta: Vector) -> None:
+        """Replace the masters, (size,)."""
+        assert theta.shape == (self.size,)
+        self._call("write", self.handle, _floats(theta))
+
+    def _filled(self, verb: str, *arguments: Any) -> Vector:
+        result = np.empty(self.size, np.float32)
+        self._call(verb, self.handle, *arguments, pointer(result, c_float))
+        return result
+
+
+def _floats(values: Vector) -> Any:
+    return pointer(np.ascontiguousarray(values, dtype=np.float32), c_float)
+
+
+class Store(_Masters):
+    """zo_store: f32 masters of all sparse entries."""
+
+    kind = "store"
 
     def add(
         self,
@@ -32,87 +78,35 @@ class Store:
         theta: Vector,
     ) -> None:
         """Append one weight's entries: sorted flat `indices` and masters, both (nnz,)."""
-        self._library.call(
-            "zo_store_add",
-            self.handle,
-            name.encode(),
-            *shape,
-            indices.size,
-            pointer(np.ascontiguousarray(indices, dtype=np.int64), c_int64),
-            pointer(np.ascontiguousarray(theta, dtype=np.float32), c_float),
+        sorted_indices = pointer(np.ascontiguousarray(indices, dtype=np.int64), c_int64)
+        self._call(
+            "add", self.handle, name.encode(), *shape, indices.size, sorted_indices, _floats(theta)
         )
-
-    @property
-    def size(self) -> int:
-        """Number of entries of all weights."""
-        return int(self._library.functions.zo_store_size(self.handle))
-
-    def read(self) -> Vector:
-        """A copy of theta, (nnz,)."""
-        theta = np.empty(self.size, np.float32)
-        self._library.call("zo_store_read", self.handle, pointer(theta, c_float))
-        return theta
-
-    def write(self, theta: Vector) -> None:
-        """Replace theta, (nnz,)."""
-        assert theta.shape == (self.size,)
-        theta = np.ascontiguousarray(theta, dtype=np.float32)
-        self._library.call("zo_store_write", self.handle, pointer(theta, c_float))
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
         """z(seed), (nnz,), its signs changed by row and column where `signs` is not 0."""
-        z = np.empty(self.size, np.float32)
-        self._library.call("zo_store_noise", self.handle, seed, signs, pointer(z, c_float))
-        return z
-
-    def free(self) -> None:
-        """Release the native object; further calls are bugs."""
-        self._library.functions.zo_store_free(self.handle)
-        self.handle = Handle()
+        return self._filled("noise", seed, signs)
 
 
-class InPlace:
-    """zo_inplace: masters of values inside loaded weights, and the live bytes that follow."""
+class InPlace(_Masters):
+    """zo_inplace: masters of values inside loaded weights, and the live bytes that follow.
 
-    def __init__(self, library: Library, n_threads: int, distribution: int = NORMAL) -> None:
-        self._library = library
-        self.handle = Handle()
-        library.call("zo_inplace_init", ctypes.byref(self.handle), distribution, n_threads)
+    Live bytes follow new masters at the next `apply`.
+    """
+
+    kind = "inplace"
 
     def add(self, name: str, field: Field, n_bytes: int, theta: Vector) -> None:
         """Append the values of a tensor of `n_bytes`, with their masters, (field.n_values,)."""
-        theta = np.ascontiguousarray(theta, dtype=np.float32)
-        self._library.call(
-            "zo_inplace_add",
-            self.handle,
-            name.encode(),
-            ctypes.byref(field),
-            n_bytes,
-            pointer(theta, c_float),
-        )
-
-    @property
-    def size(self) -> int:
-        """Number of masters of all tensors."""
-        return int(self._library.functions.zo_inplace_size(self.handle))
-
-    def read(self) -> Vector:
-        """A copy of the masters, (size,)."""
-        return self._filled("zo_inplace_read")
-
-    def write(self, theta: Vector) -> None:
-        """Replace the masters, (size,); live bytes follow at the next `apply`."""
-        assert theta.shape == (self.size,)
-        theta = np.ascontiguousarray(theta, dtype=np.float32)
-        self._library.call("zo_inplace_write", self.handle, pointer(theta, c_float))
+        self._call("add", self.handle, name.encode(), ctypes.byref(field), n_bytes, _floats(theta))
 
     def noise(self, seed: int) -> Vector:
         """z(seed), (size,); 0 where a master's magnitude is above its tensor's limit."""
-        return self._filled("zo_inplace_noise", seed)
+        return self._filled("noise", seed)
 
     def values(self, seed: int = 0, scale: float = 0.0) -> Vector:
         """Live values, (size,), before they are rounded to the tensors' types."""
-        return self._filled("zo_inplace_values", Branch(seed, 0, scale))
+        return self._filled("values", Branch(seed, 0, scale))
 
     def apply(self, seed: int, scale: float) -> None:
         """Write the live values at theta + scale * z(seed) into the loaded weights.
@@ -120,78 +114,47 @@ class InPlace:
         Raises:
             ZoError: No decode has used a tensor yet, or its memory must not be written.
         """
-        self._library.call("zo_inplace_apply", self.handle, Branch(seed, 0, scale))
-
-    def _filled(self, function: str, *arguments: Any) -> Vector:
-        result = np.empty(self.size, np.float32)
-        self._library.call(function, self.handle, *arguments, pointer(result, c_float))
-        return result
-
-    def free(self) -> None:
-        """Release the native object; further calls are bugs."""
-        self._library.functions.zo_inplace_free(self.handle)
-        self.handle = Handle()
+        self._call("apply", self.handle, Branch(seed, 0, scale))
 
 
-class LowRank:
+class LowRank(_Handle):
     """zo_lowrank: a low-rank product beside some weights, per branch."""
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
-        self.handle = Handle()
-        library.call("zo_lowrank_init", ctypes.byref(self.handle))
+    kind = "lowrank"
 
     def add(self, name: str, shape: tuple[int, int]) -> None:
         """Append a weight of `shape` (n_rows, n_cols)."""
-        self._library.call("zo_lowrank_add", self.handle, name.encode(), *shape)
+        self._call("add", self.handle, name.encode(), *shape)
 
     def set(self, branch: int, number: int, left: Vector, right: Vector) -> None:
         """In a branch, the number-th weight gets left.T @ right more: left (rank, n_rows), right
         (rank, n_cols)."""
-        left = np.ascontiguousarray(left, dtype=np.float32)
-        right = np.ascontiguousarray(right, dtype=np.float32)
-        assert left.shape[0] == right.shape[0]
-        self._library.call(
-            "zo_lowrank_set",
-            self.handle,
-            branch,
-            number,
-            left.shape[0],
-            pointer(left, c_float),
-            pointer(right, c_float),
-        )
-
-    def free(self) -> None:
-        """Release the native object; further calls are bugs."""
-        self._library.functions.zo_lowrank_free(self.handle)
-        self.handle = Handle()
+        rank = left.shape[0]
+        assert rank == right.shape[0]
+        self._call("set", self.handle, branch, number, rank, _floats(left), _floats(right))
 
 
-class Gain:
+class Gain(_Handle):
     """zo_gain: factors of the product with some weights, per branch."""
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
-        self.handle = Handle()
-        library.call("zo_gain_init", ctypes.byref(self.handle))
+    kind = "gain"
 
     def add(self, name: str, n: int) -> None:
         """Append a weight of n values."""
-        self._library.call("zo_gain_add", self.handle, name.encode(), n)
+        self._call("add", self.handle, name.encode(), n)
 
     def set(self, branch: int, number: int, factors: Vector) -> None:
         """In a branch, the product with the number-th weight is multiplied by factors, (n,)."""
-        factors = np.ascontiguousarray(factors, dtype=np.float32)
-        self._library.call("zo_gain_set", self.handle, branch, number, pointer(factors, c_float))
-
-    def free(self) -> None:
-        """Release the native object; further calls are bugs."""
-        self._library.functions.zo_gain_free(self.handle)
-        self.handle = Handle()
+        self._call("set", self.handle, branch, number, _floats(factors))
 
 
-class Hook:
-    """zo_hook: the engine's callback and what it needs to know of a batch."""
+class Hook(_Handle):
+    """zo_hook: the engine's callback and what it needs to know of a batch.
+
+    The engine's context must be gone before `free`.
+    """
+
+    kind = "hook"
 
     def __init__(
         self,
@@ -204,10 +167,8 @@ class Hook:
         n_threads: int,
         force_staged: bool = False,
     ) -> None:
-        self._library = library
-        self.handle = Handle()
         parts = [part.handle if part else None for part in (store, in_place, low_rank, gain)]
-        library.call("zo_hook_init", ctypes.byref(self.handle), *parts, n_threads, force_staged)
+        super().__init__(library, *parts, n_threads, force_staged)
 
     @property
     def callback(self) -> int:
@@ -238,11 +199,11 @@ class Hook:
             pointer(target_output, c_int32),
             pointer(target_token, c_int32),
         )
-        self._library.call("zo_hook_begin", self.handle, ctypes.byref(batch))
+        self._call("begin", self.handle, ctypes.byref(batch))
 
     def begin_any(self) -> None:
         """Let any decode pass, theta applied to all of its columns, without losses."""
-        self._library.call("zo_hook_begin", self.handle, None)
+        self._call("begin", self.handle, None)
 
     def end(self, n_targets: int) -> NDArray[np.float64]:
         """Negative log-likelihood of each target of the decode, (n_targets,).
@@ -251,10 +212,5 @@ class Hook:
             ZoError: The graph was not the expected one; the sentence says how.
         """
         nll = np.empty(n_targets, np.float64)
-        self._library.call("zo_hook_end", self.handle, pointer(nll, c_double))
+        self._call("end", self.handle, pointer(nll, c_double))
         return nll
-
-    def free(self) -> None:
-        """Release the native object; the engine's context must be gone."""
-        self._library.functions.zo_hook_free(self.handle)
-        self.handle = Handle()
