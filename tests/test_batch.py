@@ -6,6 +6,7 @@ import pytest
 from zo_gguf.batch import build_request, lay_out, pack, reduce_losses
 from zo_gguf.dataset import Example
 from zo_gguf.errors import ZoError
+from zo_gguf.probe import Scores
 
 
 def choice_row(prompt: list[int], choices: list[list[int]], answer: int) -> Example:
@@ -53,18 +54,20 @@ def test_reduce_matches_a_direct_computation() -> None:
     ]
     request = build_request(rows)
     nll = np.array([[0.5, 1.5, 2.0, 3.0, 5.0]])
-    losses, correct, residuals = reduce_losses(request, nll)
+    losses, correct, outcomes = reduce_losses(request, nll)
     scores = np.array([-2.0, -4.0])
     assert losses[0] == pytest.approx([1.0, np.log(np.exp(scores).sum()) + 4.0])
     assert np.isnan(correct[0, 0])
     assert correct[0, 1] == 0
-    assert residuals is None  # not all rows have choices
+    assert np.array_equal(outcomes[0], [[0.5, 1.5]])
+    assert Scores(losses, correct, 0, outcomes).residuals is None  # not all rows have choices
 
 
 def test_residuals_are_probabilities_minus_the_answer() -> None:
     request = build_request([choice_row([1], [[10], [11], [12]], k) for k in (1, 2)])
     nll = np.array([[0.5, 1.5, 2.0, 3.0, 0.1, 0.7], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]])
-    _, _, residuals = reduce_losses(request, nll)
+    losses, correct, outcomes = reduce_losses(request, nll)
+    residuals = Scores(losses, correct, 0, outcomes).residuals
     assert residuals is not None
     chance = np.exp(-nll.reshape(2, 2, 3))
     expected = chance / chance.sum(axis=2, keepdims=True)

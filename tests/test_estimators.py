@@ -12,6 +12,7 @@ import pytest
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.engine import Probe, Scores
+from zo_gguf.errors import ZoError
 from zo_gguf.estimator import (
     distribution_of,
     estimate,
@@ -68,7 +69,8 @@ class Toy:
             ]
             for probe in probes
         ]
-        return Scores(np.array(losses), np.full((len(probes), len(examples)), np.nan), 1)
+        outcomes = list(np.array(losses).T[:, :, None])  # rows of one counted token
+        return Scores(np.array(losses), np.full((len(probes), len(examples)), np.nan), 1, outcomes)
 
 
 def quadratic(theta: np.ndarray, example: int) -> float:
@@ -255,14 +257,21 @@ def test_grzo_goes_along_the_gradient() -> None:
     assert cosine(total, GRADIENT) > 0.95
 
 
-@pytest.mark.parametrize("estimator", ["spsa", "fzoo", "grzo"])
+@pytest.mark.parametrize("estimator", ["spsa", "natural", "fzoo", "grzo"])
 def test_unit_size_is_that_of_an_entry_of_the_estimate(estimator: str) -> None:
-    options = config(estimator=estimator, directions=16)
+    options = config(estimator=estimator, directions=16, examples_per_step=16)
     squares = []
-    engine = toy(linear, distribution_of(estimator))
-    rows: Any = range(options.examples_per_step)
+    engine = toy(quadratic, distribution_of(estimator))
+    engine.loss = lambda theta, example: quadratic(theta, example % len(_COEFFICIENTS))
+    draw: Any = lambda step: range(16 * step, 16 * step + 16)  # noqa: E731
     for step in range(60):
-        directions, _ = estimate(engine, rows, options, step)
+        directions, _ = estimate(engine, draw(step), options, step)
         squares.append(gradient_estimate(directions, engine.noise) ** 2)
-    expected = unit_size(options, float(np.linalg.norm(GRADIENT)))
-    assert np.sqrt(np.mean(squares)) == pytest.approx(expected, rel=0.25)
+    measured = unit_size(engine, draw, options)
+    assert np.sqrt(np.mean(squares)) == pytest.approx(measured, rel=0.35)
+
+
+def test_no_unit_where_nothing_changes() -> None:
+    draw: Any = lambda step: ROWS  # noqa: E731
+    with pytest.raises(ZoError, match="does not change"):
+        unit_size(toy(lambda theta, _: 2.0), draw, config())

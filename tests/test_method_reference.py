@@ -160,6 +160,16 @@ def curvature(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Est
     return plus, minus, [g / max(1, c**0.1) for g, c in zip(slopes, second, strict=True)]
 
 
+def natural(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
+    plus = np.array([loss(theta + eps * z) for z in steps])
+    minus = np.array([loss(theta - eps * z) for z in steps])
+    slopes = (plus - minus) / (2 * eps)
+    information = np.mean([np.outer(s, s) for s in slopes.T], axis=0)
+    damped = information + 0.1 * np.trace(information) / len(steps) * np.eye(len(steps))
+    step = np.linalg.inv(damped) @ slopes.mean(axis=1)
+    return list(plus.mean(axis=1)), list(minus.mean(axis=1)), list(step)
+
+
 def fzoo(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
     assert all((np.abs(z) == 1).all() for z in steps)
     here = float(loss(theta).mean())
@@ -203,6 +213,7 @@ CASES = [
     Case("block-scale", "Q8_0", 4e-5, {"absolute": True}),
     Case("sensitive+block-scale", "Q8_0", 0.01, {"unit": ["sparse=0.5", "scale=6"]}),
     Case("sensitive", "F16", 0.02, {"curvature": True, "directions": 3}, curvature),
+    Case("sensitive", "F16", 0.005, {"estimator": "natural", "directions": 5}, natural),
     Case("sensitive", "F16", 0.005, {"estimator": "fzoo", "directions": 4}, fzoo),
     Case("sensitive", "F16", 0.005, {"estimator": "grzo"}, grzo),
 ]

@@ -62,7 +62,7 @@ class Task:
 def tokens_per_step(task: Task, options: dict[str, Any]) -> float:
     """Mean forward tokens of a step, over all probes of all directions."""
     config = TuneConfig(**options, output="run")
-    return task.row_tokens * config.examples_per_step * config.forwards_per_step
+    return task.row_tokens * config.n_rows * config.forwards_per_step
 
 
 # --- one command line ----------------------------------------------------------------------------

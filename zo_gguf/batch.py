@@ -251,7 +251,7 @@ def branch_per_example(
 
 def reduce_losses(
     request: Request, nll: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[NDArray[np.float64]]]:
     """Turn target likelihoods into losses.
 
     Args:
@@ -261,17 +261,18 @@ def reduce_losses(
     Returns:
         losses (n_branches, n_examples): mean negative log-likelihood of the counted tokens, or,
         for rows with choices, cross-entropy over the choices' mean log-likelihoods (MeZO,
-        arXiv 2305.17333); correct, same shape: 1 or 0, NaN for rows without choices; and residuals
-        (n_branches, n_examples, n_choices), see `Scores`.
+        arXiv 2305.17333); correct, same shape: 1 or 0, NaN for rows without choices; and the
+        outcomes of every example, see `Scores`.
     """
     # A running sum would carry rounding from one example to the next; the spans are short.
     losses = np.empty((nll.shape[0], len(request.spans)))
     correct = np.full_like(losses, np.nan)
-    residuals = []
+    outcomes = []
     for i, (spans, answer) in enumerate(zip(request.spans, request.answers, strict=True)):
         means = np.stack([nll[:, first:end].mean(axis=1) for first, end in spans], axis=1)
         if answer < 0:
             losses[:, i] = means[:, 0]
+            outcomes.append(nll[:, slice(*spans[0])])
             continue
         scores = -means  # (n_branches, n_choices)
         top = scores.max(axis=1)
@@ -279,6 +280,5 @@ def reduce_losses(
         correct[:, i] = scores.argmax(axis=1) == answer
         residual = np.exp(scores - scores[:, [answer]] - losses[:, [i]])  # softmax
         residual[:, answer] -= 1
-        residuals.append(residual)
-    alike = len(residuals) == losses.shape[1] and len({r.shape for r in residuals}) == 1
-    return losses, correct, np.stack(residuals, axis=1) if alike else None
+        outcomes.append(residual)
+    return losses, correct, outcomes

@@ -179,8 +179,8 @@ class Engine(Vocabulary):
                 rows = first + (batch.target_branch if shared else 0)
                 nll[rows, batch.slots] = self._decode(batch, branches)
                 n_tokens += batch.tokens.size
-        losses, correct, residuals = reduce_losses(request, nll)
-        return Scores(losses, correct, n_tokens, residuals)
+        losses, correct, outcomes = reduce_losses(request, nll)
+        return Scores(losses, correct, n_tokens, outcomes)
 
     def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:
         assert self._hook is not None

@@ -6,6 +6,8 @@ Each returns directions whose mean of projected_grad * z is the step's estimate:
   directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0. With
   `curvature` (1.5-SPSA, "Probe-space preconditioning", 2026) a direction of curvature
   c = (L+ - 2 L0 + L-) / eps^2 gets the weight max(1, |c|)^-0.1.
+- natural: the same probes, combined to the natural gradient in the span of the step's directions
+  (see `natural`).
 - fzoo (arXiv 2506.09034): one-sided Rademacher probes, (L_i - L0) divided by the standard deviation
   of the L_i, so that a step has about the same length whatever the loss.
 - grzo (arXiv 2606.02857): two forwards in which every row has a direction of its own, made from one
@@ -20,12 +22,17 @@ import numpy as np
 from zo_gguf.adjust import Adjustment
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example
+from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine, Probe, Scores
+from zo_gguf.errors import ZoError
 from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.natural import fisher, natural_slopes
+from zo_gguf.noise import NO_SLOPE
 from zo_gguf.trajectory import Direction
 
 _MASK = (1 << 64) - 1
 _CURVATURE_POWER = 0.1
+_SAMPLE = 8  # directions that tell how large an estimate is
 _TINY = 1e-12  # keeps a step finite where all losses are the same
 Estimate = tuple[tuple[Direction, ...], Scores]
 
@@ -74,10 +81,11 @@ def estimate(
     if config.estimator == "grzo":
         (seed,) = direction_seeds(config.seed, step, 1)
         return grzo(engine, examples, seed, eps)
-    assert config.directions is not None
-    seeds = direction_seeds(config.seed, step, config.directions)
+    seeds = direction_seeds(config.seed, step, config.n_directions)
     if config.estimator == "fzoo":
         return fzoo(engine, examples, seeds, eps)
+    if config.estimator == "natural":
+        return natural(engine, examples, seeds, eps, config.damping)
     return spsa(engine, examples, seeds, eps, curvature=config.curvature, adjustment=adjustment)
 
 
@@ -117,6 +125,18 @@ def spsa(
     return tuple(map(_direction, seeds, [0] * len(seeds), *pairs.T, slopes)), scores
 
 
+def natural(
+    engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float, damping: float
+) -> Estimate:
+    """Two-sided probes along every seed's z, combined to the natural gradient in their span."""
+    probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
+    scores = engine.score(examples, probes)
+    pairs = scores.losses.mean(axis=1).reshape(-1, 2)  # (n_directions, 2)
+    slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
+    steps = natural_slopes(slopes, fisher(scores, eps), damping)
+    return tuple(map(_direction, seeds, [0] * len(seeds), *pairs.T, steps)), scores
+
+
 def fzoo(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float) -> Estimate:
     """One-sided probes along every seed's z, normalized; see the head of this file."""
     scores = engine.score(examples, [Probe(0, 0.0), *(Probe(seed, eps) for seed in seeds)])
@@ -150,13 +170,22 @@ def is_finite(directions: Sequence[Direction]) -> bool:
     return all(np.isfinite([d.loss_plus, d.loss_minus, d.projected_grad]).all() for d in directions)
 
 
-def unit_size(config: TuneConfig, slope: float) -> float:
+def unit_size(engine: Engine, draw: Draw, config: TuneConfig) -> float:
     """Root mean square of an entry of the gradient estimate, for a default learning rate.
 
     Args:
-        config: The run's options.
-        slope: That of the projected gradient along one direction.
+        engine: The model, at the first theta.
+        draw: The rows of each step; those of the first ones are measured.
+        config: The run's options, with a number for eps.
+
+    Raises:
+        ZoError: The loss does not react to perturbations, or is not finite.
     """
-    assert config.directions is not None
-    size = slope if config.estimator == "spsa" else 1.0
-    return size / float(np.sqrt(config.directions))
+    squares: list[float] = []
+    for step in range(-(-_SAMPLE // config.n_directions)):
+        directions, _ = estimate(engine, draw(step), config, step)
+        squares += [d.projected_grad**2 for d in directions]
+    size = float(np.sqrt(np.mean(squares) / config.n_directions))
+    if not size > 0:
+        raise ZoError(NO_SLOPE)
+    return size

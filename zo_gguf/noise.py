@@ -24,6 +24,10 @@ _FIRST, _LAST = 4e-3, 0.512
 _LEAST = 1e-6  # eps below which nothing is tried
 MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
+NO_SLOPE = (
+    "The loss does not change with the trainable weights; check that the data's counted tokens are "
+    "what you want to teach (`zo-gguf data check`)."
+)
 _CLEAR = 2.5  # times the noise from which on a change is one
 
 
@@ -67,24 +71,18 @@ def choose_eps(engine: Engine, examples: Sequence[Example]) -> float:
     return measure_noise(engine, examples).eps
 
 
-def measure_noise(
-    engine: Engine, examples: Sequence[Example], eps: float | None = None
-) -> NoiseReport:
+def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
     """Measure the noise floor and slopes at growing eps, and choose eps.
 
     Args:
         engine: The model, with trainable parameters.
         examples: As many rows as a step uses: the floor falls with their number.
-        eps: A given eps, whose slope is measured instead of choosing one.
 
     Raises:
         ZoError: The loss does not react to perturbations at all, or is not finite.
     """
     tiny = max(_TINY, engine.parameters.resolution)
     floor = _rms(_differences(engine, examples, tiny, range(1000, 1000 + _FLOOR_SEEDS)))
-    if eps is not None:
-        slope = _rms(_differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps))
-        return NoiseReport(eps, floor, slope, floor / (2 * eps) / max(slope, 1e-300))
     ladder: list[float] = []
     rows: list[NDArray[np.float64]] = []  # projected gradients, (n_seeds,) per rung
     eps = first = _FIRST
@@ -187,10 +185,7 @@ def _choose(ladder: NDArray[np.float64], slopes: NDArray[np.float64], floor: flo
     solution, *_ = np.linalg.lstsq(design, slopes * ladder[:, None], rcond=None)
     g, k = _rms(solution[0]), _rms(solution[1])  # over seeds
     if not g > 0:
-        raise ZoError(
-            "The loss does not change with the trainable weights; check that the data's counted "
-            "tokens are what you want to teach (`zo-gguf data check`)."
-        )
+        raise ZoError(NO_SLOPE)
     # Noise in the fit itself looks like curvature; it is known, so take it out.
     covariance = np.linalg.inv(design.T @ design) * (floor / 2) ** 2
     k = float(np.sqrt(max(k**2 - covariance[1, 1], 1e-6 * k**2)))

@@ -105,7 +105,7 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
-        draw = Draw(train, config.examples_per_step, config.seed, balance=config.balance)
+        draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
         width = config.probes_per_decode
         timed = {width: _time_steps(engine, draw, trial, width)}
@@ -165,14 +165,14 @@ def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
     forward = per_step / config.forwards_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
-    per_validation = forward * n_valid / config.examples_per_step
+    per_validation = forward * n_valid / config.n_rows
     choosing = forward * MAX_FORWARDS if config.eps == "auto" else 0.0
     return config.iters * per_step + validations * per_validation + choosing
 
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
     """Three deltas with their positions, the state, the trajectory and the metrics."""
-    record = 20 + 40 * (config.directions or 1)
+    record = 20 + 40 * config.n_directions
     return 3 * 2 * theta + theta + optimizer + config.iters * (record + 250)
 
 

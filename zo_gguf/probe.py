@@ -33,11 +33,21 @@ class Scores:
         losses: float64 (n_probes, n_examples).
         correct: float64 (n_probes, n_examples), 1 or 0; NaN where an example has no choices.
         n_tokens: Tokens that went through the model, over all probes.
-        residuals: float64 (n_probes, n_examples, n_choices), probability of each choice, minus 1
-            for the right one; None unless all examples have equally many choices.
+        outcomes: One float64 (n_probes, n) per example: the negative log-likelihood of each counted
+            token or, where an example has choices, its residuals: the probability of each choice,
+            minus 1 for the right one.
     """
 
     losses: Matrix
     correct: Matrix
     n_tokens: int
-    residuals: Matrix | None = None
+    outcomes: Sequence[Matrix] = ()
+
+    @property
+    def residuals(self) -> Matrix | None:
+        """(n_probes, n_examples, n_choices); None unless all have equally many choices."""
+        if not self.outcomes or np.isnan(self.correct).any():
+            return None
+        if len({outcome.shape for outcome in self.outcomes}) > 1:
+            return None
+        return np.stack(self.outcomes, axis=1)

@@ -86,9 +86,9 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     trainable = Trainable(config)
     with trainable.open_engine() as engine:
         train, valid = load_rows(config, engine)
-        draw = Draw(train, config.examples_per_step, config.seed, balance=config.balance)
+        draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         run = open_run()
-        n = n_features(train, config.examples_per_step) if config.adjusts else 0
+        n = n_features(train, config.n_rows) if config.adjusts else 0
         trajectory = open_trajectory(run, trainable, n)
         try:
             run.reload_metrics(trajectory.n_records)
@@ -123,13 +123,14 @@ def _resolve(session: Session) -> None:
             config = dataclasses.replace(config, eps=eps)
         session.trainable.set_units(parse_units(config.unit))
         print(f"units {', '.join(config.unit)}", file=sys.stderr)
-    if config.eps == "auto" or config.learning_rate is None:
-        report = measure_noise(engine, rows, None if config.eps == "auto" else float(config.eps))
+    if config.eps == "auto":
+        report = measure_noise(engine, rows)
         print(report.render(), file=sys.stderr)
-        rate = config.learning_rate or default_learning_rate(
-            config.optimizer, report.eps, unit_size(config, report.slope), config.iters
-        )
-        config = dataclasses.replace(config, eps=report.eps, learning_rate=rate)
+        config = dataclasses.replace(config, eps=report.eps)
+    if config.learning_rate is None:
+        size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
+        rate = default_learning_rate(config.optimizer, float(config.eps), size, config.iters)
+        config = dataclasses.replace(config, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
     session.run.save_config(dataclasses.replace(config, threads=engine.n_threads))
 

@@ -83,16 +83,19 @@ class TuneConfig(RowsConfig):
         default="sensitive",
         metavar="NAME",
     )
-    estimator: Literal["spsa", "fzoo", "grzo"] = option(
-        help="how losses become a gradient estimate: two-sided probes, one-sided ones, or a "
-        "direction for each row",
+    estimator: Literal["spsa", "natural", "fzoo", "grzo"] = option(
+        help="how losses become a gradient estimate: two-sided probes (spsa; natural: combined to "
+        "the natural gradient of their span), one-sided ones (fzoo), or a direction for each row "
+        "(grzo)",
         default="spsa",
     )
     optimizer: str = option(
         help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
     )
     iters: int = option(help="steps", default=2000, low=1)
-    examples_per_step: int = option(help="rows per step", default=16, low=1)
+    examples_per_step: int | None = option(
+        help="rows per step (default: 16; natural: 4)", default=None, low=1
+    )
     balance: bool = option(
         help="spread rows with equal answers evenly over an epoch, instead of shuffling alone",
         default=True,
@@ -106,7 +109,8 @@ class TuneConfig(RowsConfig):
         above=0,
     )
     directions: int | None = option(
-        help="random directions per step (default: 1; fzoo: 8; grzo always has one for each row)",
+        help="random directions per step (default: 1; natural: 16; fzoo: 8; grzo always has one "
+        "for each row)",
         default=None,
         low=1,
     )
@@ -116,6 +120,11 @@ class TuneConfig(RowsConfig):
         default=1,
         low=1,
         below=257,
+    )
+    damping: float = option(
+        help="natural: added to the Fisher matrix, as a share of its mean diagonal",
+        default=0.1,
+        above=0,
     )
     clip: float | Literal["adaptive"] | None = option(
         help="largest projected gradient; adaptive: three times the median of the last 100",
@@ -188,14 +197,17 @@ class TuneConfig(RowsConfig):
         except re.error as error:
             raise ZoError(f"train {self.train!r} is no regular expression: {error}.") from error
         parse_units(self.unit)
+        if self.examples_per_step is None:
+            object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
         if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
             raise ZoError("grzo has as many directions as rows; leave --directions out.")
         if self.curvature and self.estimator != "spsa":
-            raise ZoError(f"--curvature needs both sides of a probe; {self.estimator} has not.")
+            raise ZoError(f"--curvature weighs the directions of spsa, not of {self.estimator}.")
         if self.directions is None:
-            default = {"spsa": 1, "fzoo": 8, "grzo": self.examples_per_step}[self.estimator]
+            of_rows = self.examples_per_step
+            default = {"spsa": 1, "natural": 16, "fzoo": 8, "grzo": of_rows}[self.estimator]
             object.__setattr__(self, "directions", default)
-        if self.estimator != "spsa" and self.directions == 1:
+        if self.estimator in ("fzoo", "grzo") and self.directions == 1:
             raise ZoError(
                 f"{self.estimator} divides by the deviation of several losses: "
                 "raise --directions (fzoo) or --examples-per-step (grzo)."
@@ -209,8 +221,20 @@ class TuneConfig(RowsConfig):
         return self.adjust and self.estimator == "spsa"
 
     @property
+    def n_rows(self) -> int:
+        """Rows per step."""
+        assert self.examples_per_step is not None  # since `check`
+        return self.examples_per_step
+
+    @property
+    def n_directions(self) -> int:
+        """Directions per step."""
+        assert self.directions is not None  # since `check`
+        return self.directions
+
+    @property
     def forwards_per_step(self) -> int:
         """How often a step sends its rows through the model."""
-        assert self.directions is not None
-        per_step = {"spsa": 2 * self.directions, "fzoo": self.directions + 1, "grzo": 2}
-        return per_step[self.estimator] + self.curvature
+        two_sided = 2 * self.n_directions
+        per_step = {"spsa": two_sided, "natural": two_sided, "fzoo": self.n_directions + 1}
+        return per_step.get(self.estimator, 2) + self.curvature

@@ -1,0 +1,180 @@
+"""Estimator `natural` against softmax regression in numpy, where the Fisher matrix is known."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_estimators import config, linear, quadratic, toy
+
+from zo_gguf.engine import Probe, Scores
+from zo_gguf.estimator import estimate, natural, spsa
+from zo_gguf.natural import fisher, natural_slopes
+from zo_gguf.optimizer import gradient_estimate
+
+N_WEIGHTS, N_CHOICES = 40, 3
+EPS = 1e-4
+
+
+class Softmax:
+    """An engine over rows with choices: logits = features @ theta, cross-entropy.
+
+    All rows share a stiff part: a few combinations of weights move all answers alike.
+    """
+
+    def __init__(self, stiffness: float, n_rows: int = 400) -> None:
+        rng = np.random.default_rng(3)
+        shared = stiffness * rng.standard_normal((1, N_CHOICES, N_WEIGHTS))
+        own = rng.standard_normal((n_rows, N_CHOICES, N_WEIGHTS))
+        self.features = (shared + own) / np.sqrt(N_WEIGHTS)
+        self.theta = np.zeros(N_WEIGHTS)
+        basis = np.linalg.qr(shared[0].T)[0]
+        truth = 3 * rng.standard_normal(N_WEIGHTS)
+        truth -= basis @ (basis.T @ truth)  # nothing is to be learned in the stiff part
+        chance = self.probabilities(truth, range(n_rows))
+        self.answers = np.array([rng.choice(N_CHOICES, p=p) for p in chance])
+        self.parameters = SimpleNamespace(delta=SimpleNamespace(edits={}))
+
+    def noise(self, seed: int, signs: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal(N_WEIGHTS).astype(np.float32)
+
+    def probabilities(self, theta: np.ndarray, rows: Any) -> np.ndarray:
+        logits = self.features[list(rows)] @ theta
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+    def residuals(self, theta: np.ndarray, rows: Any) -> np.ndarray:
+        return self.probabilities(theta, rows) - np.eye(N_CHOICES)[self.answers[list(rows)]]
+
+    def losses(self, theta: np.ndarray, rows: Any) -> np.ndarray:
+        rows = list(rows)
+        return np.asarray(
+            -np.log(self.probabilities(theta, rows)[range(len(rows)), self.answers[rows]])
+        )
+
+    def score(self, rows: Any, probes: list[Probe]) -> Scores:
+        points = [self.theta + probe.scale * self.noise(probe.seed) for probe in probes]
+        losses = np.array([self.losses(point, rows) for point in points])
+        residuals = np.array([self.residuals(point, rows) for point in points])
+        return Scores(losses, np.zeros_like(losses), 1, list(residuals.swapaxes(0, 1)))
+
+    def fisher(self, theta: np.ndarray, rows: Any) -> np.ndarray:
+        """Mean over rows of the covariance of the gradient, answers drawn from the model."""
+        p, x = self.probabilities(theta, rows), self.features[list(rows)]
+        centred = x - np.einsum("rc,rcw->rw", p, x)[:, None]
+        return np.einsum("rc,rcv,rcw->vw", p, centred, centred) / len(p)
+
+    def gradients(self, theta: np.ndarray, rows: Any) -> np.ndarray:
+        return np.einsum("rc,rcw->rw", self.residuals(theta, rows), self.features[list(rows)])
+
+
+def engine(stiffness: float = 1.0, **options: Any) -> Any:
+    return Softmax(stiffness, **options)
+
+
+def test_fisher_in_the_span_of_the_directions() -> None:
+    model, rows, seeds = engine(), range(9), [1, 2, 3, 4, 5]
+    model.theta = np.random.default_rng(0).standard_normal(N_WEIGHTS)
+    z = np.array([model.noise(seed) for seed in seeds], np.float64)
+    probes = [Probe(seed, side * EPS) for seed in seeds for side in (1.0, -1.0)]
+    exact = z @ model.fisher(model.theta, rows) @ z.T
+    np.testing.assert_allclose(fisher(model.score(rows, probes), EPS), exact, rtol=1e-4)
+
+
+def test_fisher_of_rows_with_few_and_many_tokens() -> None:
+    rng = np.random.default_rng(0)
+    slopes = [rng.standard_normal((3, n)) for n in (1, 5, 2)]  # (n_directions, n_tokens)
+    sides = np.array([EPS, -EPS])[None, :, None]
+    outcomes = [(1.5 + sides * s[:, None]).reshape(6, -1) for s in slopes]
+    losses = np.stack([outcome.mean(axis=1) for outcome in outcomes], axis=1)
+    scores = Scores(losses, np.full_like(losses, np.nan), 8, outcomes)
+    expected = sum(np.outer(token, token) / s.shape[1] for s in slopes for token in s.T) / 3
+    np.testing.assert_allclose(fisher(scores, EPS), expected, rtol=1e-6)
+
+
+def test_certain_answers_have_no_response() -> None:
+    scores = Scores(np.zeros((2, 1)), np.ones((2, 1)), 1, [np.zeros((2, 3))])
+    assert np.array_equal(fisher(scores, EPS), [[0.0]])
+    assert np.array_equal(natural_slopes(np.zeros(1), np.zeros((1, 1)), 0.1), [0.0])
+
+
+def test_the_step_is_that_of_the_whole_space_where_the_directions_span_it() -> None:
+    model, rows = engine(), range(300)
+    directions, _ = natural(model, rows, range(N_WEIGHTS), EPS, 1e-9)
+    step = N_WEIGHTS * gradient_estimate(directions, model.noise)
+    gradient = model.gradients(model.theta, rows).mean(axis=0)
+    expected = np.linalg.solve(model.fisher(model.theta, rows), gradient)
+    np.testing.assert_allclose(step, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_much_damping_leaves_the_plain_slopes() -> None:
+    model, rows, seeds = engine(), range(8), [7, 8, 9]
+    damped, _ = natural(model, rows, seeds, EPS, 1e6)
+    plain, _ = spsa(model, rows, seeds, EPS)
+    ratios = [a.projected_grad / b.projected_grad for a, b in zip(damped, plain, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-4)
+    assert [(d.seed, d.loss_plus, d.loss_minus) for d in damped] == [
+        (d.seed, d.loss_plus, d.loss_minus) for d in plain
+    ]
+
+
+def test_the_size_of_the_loss() -> None:
+    rng = np.random.default_rng(0)
+    slopes, root = rng.standard_normal(4), rng.standard_normal((4, 9))
+    small = natural_slopes(slopes, root @ root.T, 0.1)
+    large = natural_slopes(100 * slopes, 100**2 * root @ root.T, 0.1)
+    np.testing.assert_allclose(small, 100 * large, rtol=1e-9)
+    assert natural_slopes(np.array([0.5]), np.array([[16.5]]), 0.1)[0] == pytest.approx(0.5 / 18.15)
+
+
+def test_slopes_of_zero_give_no_step() -> None:
+    rows: Any = range(4)
+    directions, _ = natural(toy(lambda theta, _: 2.0), rows, [1, 2], 1e-2, 0.1)
+    assert [d.projected_grad for d in directions] == [0.0, 0.0]
+
+
+def test_rows_without_choices_are_enough() -> None:
+    rows: Any = range(5)
+    given = config(estimator="natural", directions=4)
+    directions, _ = estimate(toy(quadratic), rows, given, 0)
+    by_row = np.array(
+        [
+            [
+                d.projected_grad
+                for d in spsa(toy(quadratic), [row], [d.seed for d in directions], given.eps)[0]
+            ]
+            for row in rows
+        ]
+    ).T  # (n_directions, n_rows)
+    information = by_row @ by_row.T / 5
+    damped = information + 0.1 * np.trace(information) / 4 * np.eye(4)
+    expected = np.linalg.solve(damped, by_row.mean(axis=1))
+    np.testing.assert_allclose([d.projected_grad for d in directions], expected, rtol=1e-6)
+
+
+def test_the_step_goes_down() -> None:
+    rows: Any = range(4)
+    for step in range(20):
+        given = config(estimator="natural", directions=8, damping=0.3)
+        directions, _ = estimate(toy(linear), rows, given, step)
+        slopes = [d.loss_plus - d.loss_minus for d in directions]
+        assert np.dot(slopes, [d.projected_grad for d in directions]) > 0
+
+
+def learn(estimator: str, rate: float, n_forwards: int = 4000) -> float:
+    """Excess loss over all rows after sgd with as many forwards of a row, from 0."""
+    model = engine(12.0)
+    given = config(estimator=estimator, directions=8, examples_per_step=4)
+    rng = np.random.default_rng(0)
+    for step in range(n_forwards // (8 * 4)):
+        rows = rng.choice(len(model.answers), 4, replace=False)
+        directions, _ = estimate(model, rows, given, step)
+        model.theta = model.theta - rate * gradient_estimate(directions, model.noise)
+    return float(model.losses(model.theta, range(len(model.answers))).mean())
+
+
+def test_a_stiff_combination_of_weights_does_not_hold_up_the_others() -> None:
+    plain = min(learn("spsa", rate) for rate in (1e-4, 1e-3, 1e-2, 1e-1))
+    better = min(learn("natural", rate) for rate in (0.3, 1.0, 3.0))
+    start = float(engine(12.0).losses(np.zeros(N_WEIGHTS), range(400)).mean())
+    assert start - better > 10 * (start - plain)

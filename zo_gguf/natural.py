@@ -1,0 +1,61 @@
+"""The natural gradient within the span of a step's directions (estimator `natural`).
+
+A few combinations of weights move the answers of all rows alike. They carry nearly all of the
+loss's curvature and most of the noise of projected gradients and, soon, nothing of what is left to
+learn. The Fisher information tells them apart: how the model's own predictions respond along D
+directions, which the probes show anyway, gives the D x D Fisher matrix of their span, and solving
+with it leaves those combinations out.
+
+Natural gradient: Amari, Neural Computation 10 (1998). The Fisher matrix of the model's predictions
+is used where they are known, because with the empirical one, made from the drawn answers alone, a
+batch without a mistake takes longer steps, which makes the model overconfident (arXiv 1905.12558
+names further flaws; tools/LOG.md has what was measured).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.probe import Scores
+
+Matrix = NDArray[np.float64]
+_LEAST_PROBABILITY = 1e-6
+_TINY = 1e-300
+
+
+def fisher(scores: Scores, eps: float) -> Matrix:
+    """Fisher information in the span of the directions, (n_directions, n_directions).
+
+    Rows with choices: exact, the mean over rows of sum_c dp_c dp_c' / p_c. Other rows: empirical,
+    the mean over rows of the mean over counted tokens of the products of their slopes.
+
+    Args:
+        scores: Of probes at +eps and -eps along one direction after the other.
+        eps: Perturbation size.
+    """
+    responses = []
+    for outcome, is_choice in zip(scores.outcomes, ~np.isnan(scores.correct[0]), strict=True):
+        plus, minus = outcome[0::2], outcome[1::2]  # (n_directions, n)
+        weight = _probability(plus, minus) if is_choice else outcome.shape[1]
+        responses.append((plus - minus) / (2 * eps) / np.sqrt(weight))
+    flat = np.concatenate(responses, axis=1)
+    return np.asarray(flat @ flat.T / len(responses))
+
+
+def _probability(plus: Matrix, minus: Matrix) -> Matrix:
+    residual = 0.5 * (plus + minus)
+    probability = np.where(residual < 0, residual + 1, residual)  # only the right choice's is
+    return np.maximum(probability, _LEAST_PROBABILITY)
+
+
+def natural_slopes(slopes: Matrix, information: Matrix, damping: float) -> Matrix:
+    """Coefficients of the directions in the natural gradient, (n_directions,).
+
+    Args:
+        slopes: Mean over rows along each direction, (n_directions,).
+        information: From `fisher`.
+        damping: Added to the diagonal, as a share of its mean.
+    """
+    n = len(information)
+    scale = float(np.trace(information)) / n + _TINY
+    damped = information / scale + damping * np.eye(n)
+    return np.asarray(np.linalg.solve(damped, slopes) / scale)
