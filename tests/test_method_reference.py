@@ -98,6 +98,12 @@ class Reference:
 
     def losses(self, delta: Delta, theta: torch.Tensor, rows: Sequence[Example]) -> torch.Tensor:
         """Mean negative log-likelihood of the tokens after the first of every row, (n_rows,)."""
+        return torch.stack([tokens.mean() for tokens in self.tokens(delta, theta, rows)])
+
+    def tokens(
+        self, delta: Delta, theta: torch.Tensor, rows: Sequence[Example]
+    ) -> list[torch.Tensor]:
+        """Negative log-likelihoods of the tokens after the first of every row."""
         weights = self.base | self.weights(delta, theta)
         order = {n: reference.rows_to_hf(n, len(w), self._model.config) for n, w in weights.items()}
         named = {reference.hf_name(n): w[order[n]] for n, w in weights.items()}
@@ -105,8 +111,7 @@ class Reference:
         tokens = torch.tensor([row.tokens + [-1] * (width - len(row.tokens)) for row in rows])
         logits = functional_call(self._model, named, (tokens.clamp(0),)).logits
         logs = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None].clamp(0))[..., 0]
-        counted = tokens[:, 1:] >= 0
-        return -(logs * counted).sum(1) / counted.sum(1)
+        return [-row[token >= 0] for row, token in zip(logs, tokens[:, 1:], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -221,8 +226,8 @@ def test_run_against_float64(case: Case, bases: dict[str, Base], tmp_path: Path)
             trained = small(base, delta, theta, config.density or 0.25)
             steps = [z * trained for z in steps]
 
-        def loss(at: Vector, rows: Sequence[Example] = rows) -> Vector:
-            return base.own.losses(delta, torch.tensor(at), rows).numpy()
+        def loss(at: Vector, rows: Sequence[Example] = rows) -> list[Vector]:
+            return [row.numpy() for row in base.own.tokens(delta, torch.tensor(at), rows)]
 
         plus, minus, slopes = case.estimate(loss, theta, steps, case.eps)
         wanted = [(d.loss_plus, d.loss_minus) for d in record.directions]
