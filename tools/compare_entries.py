@@ -37,32 +37,42 @@ class Entry:
         return re.fullmatch(self.quants, quant) is not None
 
 
-REFERENCE = "sensitive, sgd, shuffled rows"
+REFERENCE = "sensitive, spsa, sgd, shuffled rows"
 _QUANTIZED = r"(?!F16|BF16|F32).*"
-_PLAIN = {"balance": False}  # rows as in the papers
+_SHUFFLED = {"balance": False}  # rows as in the papers
+_NORMS = {"train": r"norm\.weight$"}
 ENTRIES = (
-    Entry(REFERENCE, optimizer="sgd", options=_PLAIN),
-    Entry("sensitive, adam, shuffled rows", options=_PLAIN),
-    Entry("sensitive, adam, adjusted", options={"adjust": True}),
-    Entry("sensitive, sgd", optimizer="sgd"),
-    Entry("sensitive, momentum", optimizer="momentum"),
-    Entry("sensitive, adam"),
-    Entry("sensitive, adam, 4 directions", options={"directions": 4}),
-    Entry("sensitive, fzoo of 8, sgd", "sensitive", "fzoo", "sgd", {"directions": 8}),
-    Entry("sensitive, fzoo of 8, adam", "sensitive", "fzoo", "adam", {"directions": 8}),
+    Entry(REFERENCE, optimizer="sgd", options=_SHUFFLED),
+    Entry("sensitive, spsa, adam, shuffled rows", options=_SHUFFLED),
+    Entry("sensitive, spsa, sgd", optimizer="sgd"),
+    Entry("sensitive, spsa, momentum", optimizer="momentum"),
+    Entry("sensitive, spsa, adam"),
+    Entry("sensitive, spsa, adam, adjusted", options={"adjust": True}),
+    Entry("sensitive, spsa of 4, curvature", options={"curvature": True, "directions": 4}),
+    Entry("sensitive, fzoo of 8, sgd", estimator="fzoo", optimizer="sgd"),
+    Entry("sensitive, fzoo of 8, adam", estimator="fzoo"),
     Entry("sensitive, grzo, sgd", estimator="grzo", optimizer="sgd"),
     Entry("sensitive, grzo, adam", estimator="grzo"),
-    Entry("sensitive, curvature", options={"curvature": True, "directions": 4}),
-    Entry("random mask, adam", mask="random"),
-    Entry("magnitude mask, adam", mask="magnitude"),
-    Entry("fisher mask, adam", mask="fisher"),
-    Entry("block-scale, adam", "block-scale", mask=None, quants=_QUANTIZED),
-    Entry("block-scale, sgd", "block-scale", optimizer="sgd", mask=None, quants=_QUANTIZED),
-    Entry("subspace, adam", "subspace", mask=None),
-    Entry("lora, adam", "lora", mask=None),
-    Entry("norm, adam", "norm", mask=None),
-    Entry("norms in place, adam", "dense", options={"train": r"norm\.weight$"}, mask=None),
-    Entry("sensitive+norm, adam", "sensitive+norm"),
-    Entry("magnitude, adam", "magnitude", mask=None, quants="F16"),
-    Entry("sensitive+block-scale, adam", "sensitive+block-scale", quants=_QUANTIZED),
+    Entry("sensitive, natural, adam", estimator="natural"),
+    Entry("sensitive, natural, momentum", estimator="natural", optimizer="momentum"),
+    Entry("sensitive, natural of 8, adam", estimator="natural", options={"directions": 8}),
+    Entry("random mask, spsa, adam", mask="random"),
+    Entry("random mask, natural, adam", estimator="natural", mask="random"),
+    Entry("magnitude mask, natural, adam", estimator="natural", mask="magnitude"),
+    Entry("fisher mask, natural, adam", estimator="natural", mask="fisher"),
+    Entry("norm, spsa, adam", "norm", mask=None),
+    Entry("norm, natural, adam", "norm", "natural", mask=None),
+    Entry("norms in place, natural, adam", "dense", "natural", options=_NORMS, mask=None),
+    Entry("block-scale, spsa, sgd", "block-scale", "spsa", "sgd", mask=None, quants=_QUANTIZED),
+    Entry("block-scale, natural, adam", "block-scale", "natural", mask=None, quants=_QUANTIZED),
+    Entry("subspace, natural, adam", "subspace", "natural", mask=None),
+    Entry("lora, natural, adam", "lora", "natural", mask=None),
+    Entry("magnitude, natural, adam", "magnitude", "natural", mask=None, quants="F16"),
+    Entry("sensitive+norm, natural, adam", "sensitive+norm", "natural"),
+    Entry(
+        "sensitive+block-scale, natural, adam",
+        "sensitive+block-scale",
+        "natural",
+        quants=_QUANTIZED,
+    ),
 )

@@ -122,9 +122,8 @@ def base_options(task: Task, entry: Entry, quant: str) -> dict[str, Any]:
         if not path.is_file():
             raise Failed(f"not available: there is no mask {str(path)!r}.")
         options["mask"] = str(path)
-    options |= {"method": entry.method, "optimizer": entry.optimizer} | entry.options
-    if entry.estimator != "spsa":  # versions that know no other have no such option
-        options["estimator"] = entry.estimator
+    options |= {"method": entry.method, "estimator": entry.estimator}
+    options |= {"optimizer": entry.optimizer} | entry.options
     unknown = sorted(options.keys() - {item.name for item in fields(TuneConfig)})
     if unknown:
         raise Failed(f"not available: this version has no option {', '.join(unknown)}.")
