@@ -18,11 +18,11 @@ from zo_gguf.trajectory import Direction, Record, Trajectory
 # ---- options -------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwards
-    ({}, 1, 2),
+    ({}, 16, 32),
     ({"directions": 5}, 5, 10),
-    ({"curvature": True}, 1, 3),
-    ({"curvature": True, "directions": 4}, 4, 9),
-    ({"estimator": "natural"}, 16, 32),
+    ({"estimator": "spsa"}, 1, 2),
+    ({"estimator": "spsa", "curvature": True}, 1, 3),
+    ({"estimator": "spsa", "curvature": True, "directions": 4}, 4, 9),
     ({"estimator": "natural", "directions": 1}, 1, 2),
     ({"estimator": "fzoo"}, 8, 9),
     ({"estimator": "fzoo", "directions": 3}, 3, 4),
@@ -49,8 +49,8 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
     [
         ({"estimator": "grzo", "directions": 3}, "leave --directions out"),
         ({"estimator": "grzo", "directions": 1}, "leave --directions out"),
-        ({"estimator": "fzoo", "curvature": True}, "--curvature weighs.*fzoo"),
-        ({"estimator": "grzo", "curvature": True}, "--curvature weighs.*grzo"),
+        ({"estimator": "fzoo", "curvature": True}, "--curvature needs.*spsa, not fzoo"),
+        ({"estimator": "natural", "adjust": True}, "--adjust needs.*spsa, not natural"),
         ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo' or 'grzo'"),
         ({"directions": 0}, "directions must be at least 1"),
         ({"clip": 0}, "clip must be greater than 0"),

@@ -103,6 +103,7 @@ def test_tune_merge_and_resume(
         "eps": 0.05,
         "learning_rate": 0.02,
         "unit": ["gain=2"],
+        "estimator": "spsa",
         "adjust": True,
         "iters": 12,
         "save_every": 5,

@@ -124,7 +124,9 @@ class Base:
 
     def config(self, method: str, **options: Any) -> TuneConfig:
         files = {"model": str(self.model), "mask": str(self.mask), "data": "none", "output": "none"}
-        return TuneConfig(**files | {"method": method, "rank": RANK, "threads": 1} | options)
+        return TuneConfig(
+            **files | {"method": method, "rank": RANK, "threads": 1, "estimator": "spsa"} | options
+        )
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def config(folder: Path, method: str, quant: str, output: Path, **options: Any) 
     defaults = {
         "model": str(base_of(folder, quant)), "mask": str(folder / f"{quant}.mask"),
         "data": str(folder), "output": str(output), "method": method, "iters": N_STEPS,
-        "examples_per_step": 8, "valid_every": 20, "save_every": SAVED_AT, "threads": 1,
+        "directions": 4, "valid_every": 20, "save_every": SAVED_AT, "threads": 1,
         "seed": 7, "ctx_tokens": 256, "eps": 0.01, "learning_rate": 0.01,
     }  # fmt: skip
     return TuneConfig(**defaults | options)

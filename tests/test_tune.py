@@ -33,6 +33,7 @@ def arguments(tiny_export: SimpleNamespace, task_dir: Path, run: Path, **options
         "data": str(task_dir),
         "output": str(run),
         "iters": N_STEPS,
+        "estimator": "spsa",
         "examples_per_step": 4,
         "eps": 0.05,
         "learning_rate": 0.02,

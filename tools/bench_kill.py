@@ -31,7 +31,7 @@ def main() -> None:
         base += ["--data", options.data, "--iters", str(options.iters), "--save-every", "7"]
         base += ["--valid-every", "20", "--valid-rows", "32"]
         # A given eps leaves more of the kills to the steps than its search would.
-        base += ["--eps", "0.04", "--learning-rate", "0.01"]
+        base += ["--eps", "0.04", "--learning-rate", "0.01", "--directions", "4"]
         started = time.monotonic()
         subprocess.run([*base, "-o", str(whole)], check=True, capture_output=True)
         print(f"uninterrupted: {time.monotonic() - started:.0f} s")

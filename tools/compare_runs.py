@@ -28,7 +28,7 @@ from zo_gguf.run import Run
 from zo_gguf.trajectory import Trajectory
 
 SEARCH_SHARE = 0.25  # of the budget, for each learning rate tried
-N_VALIDATIONS = 10  # of a run over the whole budget
+N_VALIDATIONS = 8  # of a run over the whole budget
 
 
 class Failed(Exception):

@@ -22,7 +22,7 @@ from zo_gguf.handover import paste_lines
 ROOT = Path(__file__).resolve().parent.parent
 TINY_LLAMA = Path("tests/assets/tiny-llama")
 NAME = "tiny-llama-topics-Q4_0"
-ITERS = 500
+ITERS = 150
 LEAST_GAIN = 0.1  # accuracy that tuning must add before the demo counts as passed
 LEAST_KEPT = 0.9  # share of the drop in loss that the merged file must keep
 

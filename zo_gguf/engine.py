@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from zo_gguf.batch import (
     DecodeBatch,
+    TokenSequence,
     branch_per_example,
     build_request,
     lay_out,
     pack,
     reduce_losses,
 )
+from zo_gguf.context import MAX_SEQUENCES, Context
 from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
 from zo_gguf.entries import open_entries
@@ -29,19 +31,14 @@ from zo_gguf.handles import NORMAL, Hook
 from zo_gguf.llama import (
     Vocabulary,
     default_threads,
-    engine_batch,
     load_model,
     native_library,
-    quiet_engine,
 )
 from zo_gguf.mask import Mask
 from zo_gguf.parameters import Parameters
 from zo_gguf.probe import AT_THETA, Matrix, Probes
 from zo_gguf.probe import Probe as Probe
 from zo_gguf.probe import Scores as Scores
-
-_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-_KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
 
 
 class Engine(Vocabulary):
@@ -52,9 +49,10 @@ class Engine(Vocabulary):
         mask: A `Mask` (theta starts at its residuals), a `Delta` (theta starts at what was
             learned), a path of either, or None for the plain model.
         n_threads: CPU threads; default: the physical cores this process may use.
-        ctx_tokens: Tokens per decode, and so the longest example.
+        ctx_tokens: Tokens per decode, over all probes in it, and so the longest example.
         n_gpu_layers: As in llama.cpp.
-        probes_per_decode: How many probes share one decode (base weights are read once for all).
+        probes_per_decode: How many probes share a decode, if it holds them (base weights are read
+            once for all).
         kv_layout: "unified" (variable lengths side by side in one KV cache) or "split" (every
             sequence in a cache of its own, padded to equal length).
         force_staged: Take the path for device buffers even where tensors are in host memory.
@@ -81,9 +79,8 @@ class Engine(Vocabulary):
             raise ZoError(f"kv_layout is {kv_layout!r}; use 'unified' or 'split'.")
         self._parameters: Parameters | None = None
         self._hook: Hook | None = None
-        self._context: Any = None
+        self._context: Context | None = None
         self._model: Any = None
-        self._limits = (0, 0, 0)  # KV cells, sequences, outputs of the context
         self.gguf = GgufFile(model_path)
         self.mask = open_entries(mask, self.gguf)
         self.n_threads = n_threads or default_threads()
@@ -104,6 +101,13 @@ class Engine(Vocabulary):
                 self._library, self.mask, self.gguf, self.n_threads, distribution
             )
             self._hook = self._parameters.hook(self.n_threads, force_staged)
+        self._context = Context(
+            self._model,
+            self._hook,
+            n_threads=self.n_threads,
+            ctx_tokens=ctx_tokens,
+            padded=self._padded,
+        )
         if live:
             self._locate()
 
@@ -164,11 +168,10 @@ class Engine(Vocabulary):
         nll = np.full((len(probes), request.n_targets), np.nan)
         n_tokens = 0
         shared = all(isinstance(probe, Probe) for probe in probes)
-        width = self.probes_per_decode if shared else 1
-        decodes = list(pack(request.sequences, self.ctx_tokens, _MAX_SEQUENCES // width))
-        for first in range(0, len(probes), width):
-            together = probes[first : first + width]
-            for group in decodes:
+        for group in pack(request.sequences, self.ctx_tokens, MAX_SEQUENCES):
+            width = min(self.probes_per_decode, self._fitting(group)) if shared else 1
+            for first in range(0, len(probes), width):
+                together = probes[first : first + width]
                 batch = lay_out(group, len(together), self._padded)
                 branches = [probe for probe in together if isinstance(probe, Probe)]
                 if not shared:
@@ -182,12 +185,25 @@ class Engine(Vocabulary):
         losses, correct, outcomes = reduce_losses(request, nll)
         return Scores(losses, correct, n_tokens, outcomes)
 
+    def widest(self, examples: Sequence[Example]) -> int:
+        """How many probes fit into one decode with all of the examples; 1 if not even one does."""
+        sequences = build_request(examples).sequences
+        (first, *others) = pack(sequences, self.ctx_tokens, MAX_SEQUENCES)
+        return 1 if others or self.parameters.one_probe_per_decode else self._fitting(first)
+
+    def _fitting(self, group: Sequence[TokenSequence]) -> int:
+        """How often the sequences of a decode can be repeated in it, once per probe."""
+        lengths = [sequence.tokens.size for sequence in group]
+        n_tokens = len(lengths) * max(lengths) if self._padded else sum(lengths)
+        return max(1, min(self.ctx_tokens // n_tokens, MAX_SEQUENCES // len(group)))
+
     def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:
         assert self._hook is not None
+        assert self._context is not None
         branches = [(probe.seed, probe.signs, probe.scale) for probe in probes]
         if self._parameters is not None:
             branches = self._parameters.prepare(branches)
-        self._make_room(batch)
+        self._context.make_room(batch)
         self._hook.begin(
             branches,
             batch.token_branch,
@@ -195,7 +211,7 @@ class Engine(Vocabulary):
             batch.target_output,
             batch.target_token,
         )
-        status = self._run(batch)
+        status = self._context.decode(batch)
         losses = self._hook.end(batch.target_token.size)  # its error explains more than the status
         if status != 0:
             raise ZoError(
@@ -204,84 +220,29 @@ class Engine(Vocabulary):
             )
         return losses
 
-    def _run(self, batch: DecodeBatch) -> int:
-        memory = llama_cpp.llama_get_memory(self._context)
-        if memory is None:
-            raise ZoError(f"Models of type {self.gguf.architecture!r} are not causal; use another.")
-        llama_cpp.llama_memory_clear(memory, False)
-        with engine_batch(batch) as native_batch:
-            return int(llama_cpp.llama_decode(self._context, native_batch))
-
     def _locate(self) -> None:
         """Run one token, so that the hook learns where the weights edited in place lie."""
         assert self._hook is not None
+        assert self._context is not None
         first = Example([max(self.bos_id, 0)] * 2, [False, True])
         batch = lay_out(build_request([first]).sequences, 1, self._padded)
-        self._make_room(batch)
+        self._context.make_room(batch)
         self._hook.begin_any()
-        self._run(batch)
-
-    def _make_room(self, batch: DecodeBatch) -> None:
-        """Have a context that holds the batch; sizes only grow, so this settles quickly."""
-        n_outputs = batch.output_branch.size
-        n_sequences = batch.n_sequences
-        if self._padded:
-            cells = -(-batch.max_length // _KV_PADDING) * _KV_PADDING * n_sequences
-        else:
-            cells = self.ctx_tokens * self.probes_per_decode
-        needed = (max(cells, batch.tokens.size), n_sequences, n_outputs)
-        # The split layout divides the cells by the number of sequences: it must be exact.
-        fits = all(have >= want for have, want in zip(self._limits, needed, strict=True))
-        if self._context and fits and not (self._padded and self._limits[:2] != needed[:2]):
-            return
-        if not self._padded:
-            grown = [
-                max(have, 1 << (want - 1).bit_length())
-                for have, want in zip(self._limits, needed, strict=True)
-            ]
-            needed = (needed[0], min(grown[1], _MAX_SEQUENCES), min(grown[2], needed[0]))
-        self._free_context()
-        self._context = self._new_context(*needed)
-        self._limits = needed
-
-    def _new_context(self, cells: int, n_sequences: int, n_outputs: int) -> Any:
-        assert self._hook is not None
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = cells
-        params.n_seq_max = n_sequences
-        params.n_outputs_max = max(n_outputs, n_sequences)
-        params.n_threads = params.n_threads_batch = self.n_threads
-        params.kv_unified = not self._padded
-        params.no_perf = True
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(self._hook.callback)
-        params.cb_eval_user_data = self._hook.handle
-        with quiet_engine() as messages:
-            context = llama_cpp.llama_init_from_model(self._model, params)
-        if not context:
-            raise ZoError(
-                f"llama.cpp could not make a context of {cells} tokens "
-                f"({'; '.join(messages[:1])}); lower --ctx-tokens."
-            )
-        return context
+        self._context.decode(batch)
 
     # ---- lifetime --------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Free the model, the context and the native objects."""
-        self._free_context()
+        if self._context:
+            self._context.free()
         if self._hook:
             self._hook.free()
         if self._parameters:
             self._parameters.free()
         if self._model:
             llama_cpp.llama_model_free(self._model)
-        self._hook = self._parameters = self._model = None
-
-    def _free_context(self) -> None:
-        if self._context:
-            with quiet_engine():
-                llama_cpp.llama_free(self._context)
-        self._context = None
+        self._context = self._hook = self._parameters = self._model = None
 
     def __enter__(self) -> "Engine":
         return self

@@ -16,7 +16,8 @@ from zo_gguf.trajectory import Direction
 
 Vector = NDArray[np.float32]
 _STEP_FRACTION = 0.3  # of eps; the best of several, see tools/LOG.md
-_SHORT = 1000  # steps of a run up to which it holds
+_SLOPES = 16  # of rows that a step measures, for which it holds
+_SHORT = 16_000  # slopes of a run up to which it holds
 
 
 class Optimizer(Protocol):
@@ -111,19 +112,23 @@ def check_optimizer(name: str) -> None:
         raise ZoError(f"There is no optimizer {name!r}{nearest(name, OPTIMIZERS)} Known: {known}.")
 
 
-def default_learning_rate(optimizer: str, eps: float, size: float, iters: int) -> float:
+def default_learning_rate(
+    optimizer: str, eps: float, size: float, iters: int, n_slopes: int
+) -> float:
     """A learning rate that moves a weight by a certain fraction of eps per step.
 
     eps is the distance over which the loss was found to be linear, and so the natural unit of a
     step. Adam moves a weight by about lr whatever the loss; sgd by lr times the estimate. Most of
-    a step is noise, so theta diffuses as lr * sqrt(steps): the fraction falls with the square root
-    of the length of a long run.
+    a step is noise, so theta diffuses as lr * sqrt(steps): the fraction grows with the square root
+    of what a step measures, and falls with that of what a long run does in all.
 
     Args:
         optimizer: A key of OPTIMIZERS.
         eps: Perturbation size.
         size: Root mean square of an entry of the gradient estimate.
         iters: Steps of the run.
+        n_slopes: Slopes of single rows that a step measures.
     """
-    distance = _STEP_FRACTION * eps * (_SHORT / max(_SHORT, iters)) ** 0.5
+    share = _STEP_FRACTION * (n_slopes / _SLOPES * _SHORT / max(_SHORT, n_slopes * iters)) ** 0.5
+    distance = eps * min(1.0, share)
     return float(f"{distance if optimizer == 'adam' else distance / size:.2g}")

@@ -19,6 +19,7 @@ from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
 from zo_gguf.trainable import Trainable
 from zo_gguf.tune import load_rows
+from zo_gguf.width import choose_width
 
 _TIMED_STEPS = 3
 _WORTH_SAYING = 0.05  # of a step's time; less is noise
@@ -43,9 +44,9 @@ class PlanResult:
         seconds: The whole run, choosing eps and validating included.
         disk: The run folder at the end.
         tokens_per_step: Forward tokens.
-        probes_per_decode: As asked for.
-        fastest: What would be fastest, of one, all of a step, and what was asked for.
-        saved: Share of a step's time that this would save.
+        probes_per_decode: As asked for, or what was fastest.
+        fastest: What was fastest.
+        saved: Share of the time that this saves over what was asked for.
     """
 
     weights: int
@@ -63,11 +64,6 @@ class PlanResult:
     fastest: int
     saved: float
 
-    def _advice(self) -> str:
-        if self.saved < _WORTH_SAYING:
-            return ""
-        return f" (--probes-per-decode {self.fastest} takes {100 * self.saved:.0f} % less time)"
-
     def render(self, as_json: bool = False) -> str:
         """A table, or JSON."""
         if as_json:
@@ -76,12 +72,16 @@ class PlanResult:
         rows += [("trainable weights", self.trainable), ("optimizer", self.optimizer)]
         rows += [("RAM in all", self.total), ("RAM available", self.available)]
         rows += [("disk for the run", self.disk)]
+        advice = ""
+        if self.saved >= _WORTH_SAYING:
+            less = f"{100 * self.saved:.0f} % less time"
+            advice = f" (--probes-per-decode {self.fastest} takes {less})"
         lines = [f"{name:<24}{size / _MIB:>12,.1f} MiB" for name, size in rows]
         lines += [
             f"{'GPU':<24}{self.on_gpu}",
             f"{'forward tokens a step':<24}{self.tokens_per_step:>12,}",
             f"{'seconds a step':<24}{self.seconds_per_step:>12.3g}",
-            f"{'probes in a decode':<24}{self.probes_per_decode:>12}{self._advice()}",
+            f"{'probes in a decode':<24}{self.probes_per_decode:>12}{advice}",
             f"{'the whole run':<24}{_duration(self.seconds):>12}",
         ]
         return "\n".join(lines)
@@ -107,14 +107,11 @@ def plan(config: TuneConfig) -> PlanResult:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
-        width = config.probes_per_decode
-        timed = {width: _time_steps(engine, draw, trial, width)}
+        fastest, asked, saved = _fastest(engine, draw, config)
+        engine.probes_per_decode = asked
+        per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
-        for other in _widths(engine, trial):
-            timed[other] = _time_steps(engine, draw, trial, other)
-    per_step, tokens = timed[width]
-    fastest = min(timed, key=lambda n: timed[n][0])
     state = first_state(method, config.optimizer)
     trainable = BYTES_PER_ENTRY * state.theta.size
     optimizer = sum(array.nbytes for array in state.optimizer.state.values())
@@ -133,22 +130,25 @@ def plan(config: TuneConfig) -> PlanResult:
         seconds=_total_seconds(config, per_step, len(valid)),
         disk=disk,
         tokens_per_step=tokens,
-        probes_per_decode=width,
+        probes_per_decode=asked,
         fastest=fastest,
-        saved=1 - timed[fastest][0] / per_step,
+        saved=saved,
     )
 
 
-def _widths(engine: Engine, config: TuneConfig) -> list[int]:
-    """Other numbers of probes that may share a decode: one, and all of a step."""
-    if engine.parameters.one_probe_per_decode or config.estimator == "grzo":
-        return []
-    return sorted({1, config.forwards_per_step} - {config.probes_per_decode})
+def _fastest(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[int, int, float]:
+    """The fastest number of probes in a decode, the one asked for, and what share it would save."""
+    seconds = choose_width(engine, draw(0), config)
+    fastest = engine.probes_per_decode
+    if config.probes_per_decode == "auto":
+        return fastest, fastest, 0.0
+    asked = config.probes_per_decode
+    known = max(width for width in seconds if width <= asked)  # more than fits has no effect
+    return fastest, asked, max(0.0, 1 - seconds[fastest] / max(seconds[known], 1e-12))
 
 
-def _time_steps(engine: Engine, draw: Draw, config: TuneConfig, width: int) -> tuple[float, int]:
-    """Median seconds and tokens of three steps with `width` probes in a decode."""
-    engine.probes_per_decode = width
+def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, int]:
+    """Median seconds and tokens of three steps."""
     seconds, tokens = [], []
     for step in range(-1, _TIMED_STEPS):  # the first one warms up
         rows = draw(max(step, 0))

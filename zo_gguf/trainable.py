@@ -81,13 +81,14 @@ class Trainable:
     def open_engine(self) -> Engine:
         """Load the model with these parameters."""
         config = self._config
+        width = config.probes_per_decode
         self._engine = Engine(
             config.model,
             mask=self.start,
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,
-            probes_per_decode=config.probes_per_decode,
+            probes_per_decode=1 if width == "auto" else width,
             distribution=distribution_of(config.estimator),
         )
         return self._engine

@@ -32,6 +32,7 @@ from zo_gguf.schedule import learning_rate
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
 from zo_gguf.tune_config import parse_units
+from zo_gguf.width import choose_width, in_words
 
 
 @dataclass
@@ -88,7 +89,7 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         run = open_run()
-        n = n_features(train, config.n_rows) if config.adjusts else 0
+        n = n_features(train, config.n_rows) if config.adjust else 0
         trajectory = open_trajectory(run, trainable, n)
         try:
             run.reload_metrics(trajectory.n_records)
@@ -123,13 +124,20 @@ def _resolve(session: Session) -> None:
             config = dataclasses.replace(config, eps=eps)
         session.trainable.set_units(parse_units(config.unit))
         print(f"units {', '.join(config.unit)}", file=sys.stderr)
+    if config.probes_per_decode == "auto":
+        seconds = choose_width(engine, rows, config)
+        config = dataclasses.replace(config, probes_per_decode=engine.probes_per_decode)
+        if len(seconds) > 1:
+            print(in_words(seconds), file=sys.stderr)
     if config.eps == "auto":
         report = measure_noise(engine, rows)
         print(report.render(), file=sys.stderr)
         config = dataclasses.replace(config, eps=report.eps)
     if config.learning_rate is None:
         size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
-        rate = default_learning_rate(config.optimizer, float(config.eps), size, config.iters)
+        rate = default_learning_rate(
+            config.optimizer, float(config.eps), size, config.iters, config.slopes_per_step
+        )
         config = dataclasses.replace(config, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
     session.run.save_config(dataclasses.replace(config, threads=engine.n_threads))

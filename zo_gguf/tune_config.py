@@ -87,12 +87,12 @@ class TuneConfig(RowsConfig):
         help="how losses become a gradient estimate: two-sided probes (spsa; natural: combined to "
         "the natural gradient of their span), one-sided ones (fzoo), or a direction for each row "
         "(grzo)",
-        default="spsa",
+        default="natural",
     )
     optimizer: str = option(
         help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
     )
-    iters: int = option(help="steps", default=2000, low=1)
+    iters: int = option(help="steps", default=500, low=1)
     examples_per_step: int | None = option(
         help="rows per step (default: 16; natural: 4)", default=None, low=1
     )
@@ -114,9 +114,9 @@ class TuneConfig(RowsConfig):
         default=None,
         low=1,
     )
-    probes_per_decode: int = option(
-        help="probes that share a decode, if the context holds them; `plan` measures what is "
-        "faster",
+    probes_per_decode: int | Literal["auto"] = option(
+        help="probes that share a decode, as far as --ctx-size holds them; auto measures what is "
+        "fastest, so that two runs may differ in their last bits",
         default=1,
         low=1,
         below=257,
@@ -201,8 +201,9 @@ class TuneConfig(RowsConfig):
             object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
         if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
             raise ZoError("grzo has as many directions as rows; leave --directions out.")
-        if self.curvature and self.estimator != "spsa":
-            raise ZoError(f"--curvature weighs the directions of spsa, not of {self.estimator}.")
+        for name in ("curvature", "adjust"):
+            if getattr(self, name) and self.estimator != "spsa":
+                raise ZoError(f"--{name} needs --estimator spsa, not {self.estimator}.")
         if self.directions is None:
             of_rows = self.examples_per_step
             default = {"spsa": 1, "natural": 16, "fzoo": 8, "grzo": of_rows}[self.estimator]
@@ -216,11 +217,6 @@ class TuneConfig(RowsConfig):
             object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
 
     @property
-    def adjusts(self) -> bool:
-        """Whether slopes are adjusted, where the rows allow."""
-        return self.adjust and self.estimator == "spsa"
-
-    @property
     def n_rows(self) -> int:
         """Rows per step."""
         assert self.examples_per_step is not None  # since `check`
@@ -231,6 +227,11 @@ class TuneConfig(RowsConfig):
         """Directions per step."""
         assert self.directions is not None  # since `check`
         return self.directions
+
+    @property
+    def slopes_per_step(self) -> int:
+        """Slopes of single rows that a step measures."""
+        return self.n_rows * (1 if self.estimator == "grzo" else self.n_directions)
 
     @property
     def forwards_per_step(self) -> int:
