@@ -32,6 +32,7 @@ typedef struct zo_store   zo_store;
 typedef struct zo_inplace zo_inplace;
 typedef struct zo_lowrank zo_lowrank;
 typedef struct zo_gain    zo_gain;
+typedef struct zo_tensors zo_tensors;
 typedef struct zo_hook    zo_hook;
 
 typedef enum zo_status {
@@ -157,6 +158,20 @@ ZO_API zo_status zo_gain_add(zo_gain * gain, const char * name, int64_t n);
 
 // The factors [n] of the number-th weight added, in one branch. Copied; they stay until set again.
 ZO_API zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, const float * factors);
+
+// ---- tensors: found by name in the graph, rewritten whole -------------------------------------------
+
+ZO_API zo_status zo_tensors_init(zo_tensors ** tensors);
+ZO_API void      zo_tensors_free(zo_tensors * tensors);
+ZO_API zo_status zo_tensors_add(zo_tensors * tensors, const char * name, int64_t n_bytes);
+
+// A callback that only looks where the tensors lie, in one decode; `tensors` is its user data.
+ZO_API bool zo_tensors_eval(struct ggml_tensor * node, bool ask, void * tensors);
+
+// Rewrites the number-th tensor added, wherever it lies; between decodes only. Fails if no decode has
+// used it, or if its size is not n_bytes.
+ZO_API zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data,
+                                int64_t n_bytes);
 
 // ---- kernels by themselves, on host arrays ----------------------------------------------------------
 

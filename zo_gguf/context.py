@@ -1,36 +1,50 @@
 """llama.cpp's contexts for an engine: made, and made larger, as decodes need it."""
 
+from contextlib import nullcontext
+from ctypes import c_double, c_int32
 from typing import Any
 
 import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
 
 from zo_gguf.batch import DecodeBatch
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import Hook
-from zo_gguf.llama import engine_batch, quiet_engine
+from zo_gguf.handles import Hook, Tensors
+from zo_gguf.llama import engine_batch, quiet_engine, use_adapter
+from zo_gguf.native import Library, pointer
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
 
 
 class Context:
-    """A context with a hook in it.
+    """A context of a model, whose sizes follow the batches.
 
     Args:
         model: llama.cpp's handle.
-        hook: Its callback sees every node; it must outlive the context.
+        watcher: Its callback sees every node; it must outlive the context. None: nothing does.
+        adapter: llama.cpp's handle of a LoRA adapter, or None.
         n_threads: CPU threads.
         ctx_tokens: KV cells where sequences lie side by side.
         padded: Sequences have caches of their own, all of one length, instead.
     """
 
     def __init__(
-        self, model: Any, hook: Hook, *, n_threads: int, ctx_tokens: int, padded: bool
+        self,
+        model: Any,
+        watcher: Hook | Tensors | None,
+        *,
+        adapter: Any = None,
+        n_threads: int,
+        ctx_tokens: int,
+        padded: bool,
     ) -> None:
-        self._model, self._hook, self._n_threads = model, hook, n_threads
-        self._ctx_tokens, self._padded = ctx_tokens, padded
+        self._model, self._watcher, self._adapter = model, watcher, adapter
+        self._n_threads, self._ctx_tokens, self._padded = n_threads, ctx_tokens, padded
         self._context: Any = None
         self._limits = (0, 0, 0)  # KV cells, sequences, outputs
+        self._settled = True
 
     def make_room(self, batch: DecodeBatch) -> None:
         """Have a context that holds the batch; sizes only grow, so this settles quickly.
@@ -67,8 +81,10 @@ class Context:
         params.n_threads = params.n_threads_batch = self._n_threads
         params.kv_unified = not self._padded
         params.no_perf = True
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(self._hook.callback)
-        params.cb_eval_user_data = self._hook.handle
+        if self._watcher is not None:
+            callback = self._watcher.callback
+            params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(callback)
+            params.cb_eval_user_data = self._watcher.handle
         with quiet_engine() as messages:
             context = llama_cpp.llama_init_from_model(self._model, params)
         if not context:
@@ -79,13 +95,37 @@ class Context:
         if llama_cpp.llama_get_memory(context) is None:
             llama_cpp.llama_free(context)
             raise ZoError("Models that are not causal cannot be tuned; use another.")
+        if self._adapter is not None:
+            use_adapter(context, self._adapter)
+            self._settled = False
         return context
 
     def decode(self, batch: DecodeBatch) -> int:
         """llama_decode after `make_room`, with nothing in the cache before; returns its status."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
-        with engine_batch(batch) as native_batch:
+        # With an adapter, llama.cpp reserves its buffers, and talks of it, in the first decode.
+        silence = nullcontext() if self._settled else quiet_engine()
+        self._settled = True
+        with engine_batch(batch) as native_batch, silence:
             return int(llama_cpp.llama_decode(self._context, native_batch))
+
+    def losses(self, batch: DecodeBatch, library: Library) -> NDArray[np.float64]:
+        """Negative log-likelihood of each target of the last decode, from its logits."""
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        n_vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        nll = np.empty(batch.target_token.size, np.float64)
+        library.call(
+            "zo_losses",
+            llama_cpp.llama_get_logits(self._context),
+            n_vocab,
+            n_vocab,
+            nll.size,
+            pointer(batch.target_output, c_int32),
+            pointer(batch.target_token, c_int32),
+            self._n_threads,
+            pointer(nll, c_double),
+        )
+        return nll
 
     def free(self) -> None:
         """Release llama.cpp's context."""

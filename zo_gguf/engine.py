@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from zo_gguf.adapter import AdapterParameters, EnginePath, choose_path
 from zo_gguf.batch import (
     DecodeBatch,
     TokenSequence,
@@ -27,7 +28,7 @@ from zo_gguf.delta import Delta
 from zo_gguf.entries import open_entries
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.handles import NORMAL, Hook
+from zo_gguf.handles import NORMAL, Hook, Tensors
 from zo_gguf.llama import (
     Vocabulary,
     default_threads,
@@ -39,6 +40,8 @@ from zo_gguf.parameters import Parameters
 from zo_gguf.probe import AT_THETA, Matrix, Probes
 from zo_gguf.probe import Probe as Probe
 from zo_gguf.probe import Scores as Scores
+
+Vector = NDArray[np.float64]
 
 
 class Engine(Vocabulary):
@@ -57,6 +60,9 @@ class Engine(Vocabulary):
             sequence in a cache of its own, padded to equal length).
         force_staged: Take the path for device buffers even where tensors are in host memory.
         distribution: What z is drawn from, NORMAL or RADEMACHER.
+        path: Where the parameters act: "hook" (libzo beside the products), "adapter" (the tensors
+            of a LoRA adapter), or "auto", the adapter where layers are offloaded and it can hold
+            them.
 
     Raises:
         ZoError: The file cannot be loaded, or the mask was made for another one.
@@ -74,6 +80,7 @@ class Engine(Vocabulary):
         kv_layout: str = "unified",
         force_staged: bool = False,
         distribution: int = NORMAL,
+        path: str = "auto",
     ) -> None:
         if kv_layout not in ("unified", "split"):
             raise ZoError(f"kv_layout is {kv_layout!r}; use 'unified' or 'split'.")
@@ -94,22 +101,40 @@ class Engine(Vocabulary):
         repack = "scale" not in live
         super().__init__(load_model(self.gguf.path, n_gpu_layers, bool(live), repack))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        offloads = n_gpu_layers != 0 and self.supports_gpu
+        self.path: EnginePath = choose_path(path, self.gguf, self.mask, offloads)
         if self.mask is None:
             self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
         else:
-            self._parameters = Parameters(
-                self._library, self.mask, self.gguf, self.n_threads, distribution
-            )
-            self._hook = self._parameters.hook(self.n_threads, force_staged)
-        self._context = Context(
-            self._model,
-            self._hook,
-            n_threads=self.n_threads,
-            ctx_tokens=ctx_tokens,
-            padded=self._padded,
-        )
+            self._open(self.mask, distribution, force_staged)
+        adapter = getattr(self._parameters, "adapter", None)
+        self._context = self._new_context(self._hook, adapter)
         if live:
             self._locate()
+
+    def _open(self, delta: Delta, distribution: int, force_staged: bool) -> None:
+        """Make the parameters, and the hook that applies them where one is needed."""
+        given = (self._library, delta, self.gguf, self.n_threads, distribution)
+        if self.path == "hook":
+            self._parameters = Parameters(*given)
+            self._hook = self._parameters.hook(self.n_threads, force_staged)
+            return
+        if self.probes_per_decode > 1:
+            raise ZoError("An adapter has one value per decode: one probe at a time.")
+        self._parameters = parameters = AdapterParameters(self._model, *given)
+        self._context = self._new_context(parameters.tensors, parameters.adapter)
+        self._locate()
+        self._context.free()
+
+    def _new_context(self, watcher: Hook | Tensors | None, adapter: Any) -> Context:
+        return Context(
+            self._model,
+            watcher,
+            adapter=adapter,
+            n_threads=self.n_threads,
+            ctx_tokens=self.ctx_tokens,
+            padded=self._padded,
+        )
 
     # ---- trainable parameters --------------------------------------------------------------------
 
@@ -197,37 +222,38 @@ class Engine(Vocabulary):
         n_tokens = len(lengths) * max(lengths) if self._padded else sum(lengths)
         return max(1, min(self.ctx_tokens // n_tokens, MAX_SEQUENCES // len(group)))
 
-    def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:
-        assert self._hook is not None
+    def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> Vector:
         assert self._context is not None
         branches = [(probe.seed, probe.signs, probe.scale) for probe in probes]
         if self._parameters is not None:
             branches = self._parameters.prepare(branches)
         self._context.make_room(batch)
-        self._hook.begin(
-            branches,
-            batch.token_branch,
-            batch.output_branch,
-            batch.target_output,
-            batch.target_token,
-        )
+        if self._hook is not None:
+            self._hook.begin(
+                branches,
+                batch.token_branch,
+                batch.output_branch,
+                batch.target_output,
+                batch.target_token,
+            )
         status = self._context.decode(batch)
-        losses = self._hook.end(batch.target_token.size)  # its error explains more than the status
+        # The hook's error explains more than the status.
+        losses = None if self._hook is None else self._hook.end(batch.target_token.size)
         if status != 0:
             raise ZoError(
                 f"llama_decode failed with status {status} on {batch.tokens.size} tokens; lower "
                 "--ctx-tokens."
             )
-        return losses
+        return self._context.losses(batch, self._library) if losses is None else losses
 
     def _locate(self) -> None:
-        """Run one token, so that the hook learns where the weights edited in place lie."""
-        assert self._hook is not None
+        """Run one token, so that it is known where the tensors lie that are rewritten."""
         assert self._context is not None
         first = Example([max(self.bos_id, 0)] * 2, [False, True])
         batch = lay_out(build_request([first]).sequences, 1, self._padded)
         self._context.make_room(batch)
-        self._hook.begin_any()
+        if self._hook is not None:
+            self._hook.begin_any()
         self._context.decode(batch)
 
     # ---- lifetime --------------------------------------------------------------------------------

@@ -61,6 +61,12 @@ class _Masters(_Handle):
         return result
 
 
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
 def _floats(values: Vector) -> Any:
     return pointer(np.ascontiguousarray(values, dtype=np.float32), c_float)
 
@@ -148,6 +154,30 @@ class Gain(_Handle):
         self._call("set", self.handle, branch, number, _floats(factors))
 
 
+class Tensors(_Handle):
+    """zo_tensors: tensors found by name in the graph, rewritten whole between decodes."""
+
+    kind = "tensors"
+
+    def add(self, name: str, n_bytes: int) -> None:
+        """Append a tensor of `n_bytes`."""
+        self._call("add", self.handle, name.encode(), n_bytes)
+
+    @property
+    def callback(self) -> int:
+        """Address of the callback that finds the tensors; `handle` is its user data."""
+        return _address(self._library.functions.zo_tensors_eval)
+
+    def set(self, number: int, values: Vector) -> None:
+        """Rewrite the number-th tensor.
+
+        Raises:
+            ZoError: No decode has used it yet, or it has another size.
+        """
+        data = np.ascontiguousarray(values, dtype=np.float32)
+        self._call("set", self.handle, number, data.ctypes.data, data.nbytes)
+
+
 class Hook(_Handle):
     """zo_hook: the engine's callback and what it needs to know of a batch.
 
@@ -173,9 +203,7 @@ class Hook(_Handle):
     @property
     def callback(self) -> int:
         """Address of zo_hook_eval."""
-        address = ctypes.cast(self._library.functions.zo_hook_eval, ctypes.c_void_p).value
-        assert address is not None
-        return address
+        return _address(self._library.functions.zo_hook_eval)
 
     def begin(
         self,

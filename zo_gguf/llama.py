@@ -82,6 +82,26 @@ def load_model(
     return model
 
 
+def load_adapter(model: Any, path: Path) -> Any:
+    """Load a LoRA adapter, which llama.cpp frees with the model.
+
+    Raises:
+        ZoError: llama.cpp refuses it; the sentence ends with its reason.
+    """
+    with quiet_engine() as messages:
+        adapter = llama_cpp.llama_adapter_lora_init(model, os.fsencode(path))
+    if not adapter:
+        raise ZoError(f"llama.cpp refuses a LoRA for this model: {'; '.join(messages[:1])}")
+    return adapter
+
+
+def use_adapter(context: Any, adapter: Any) -> None:
+    """Have all decodes of a context go through an adapter."""
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    with quiet_engine():
+        llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
+
+
 @contextmanager
 def engine_batch(batch: DecodeBatch) -> Iterator[Any]:
     """A llama_batch over the arrays of `batch`, valid inside the with block."""

@@ -126,27 +126,43 @@ def exact_factors(delta: Delta, name: str) -> Factors:
         left, a = delta.low_rank[name].factors(delta.theta[delta.edit_slices()[name]])
         b = left.T
     if name in delta.tensors:
-        sparse_a, sparse_b = _sparse_factors(delta, name)
+        values = delta.theta[delta.slices()[name]]
+        layout = SparseFactors(delta.tensors[name], delta.shapes[name])
+        sparse_a, sparse_b = layout.with_values(values)
         a, b = np.concatenate([a, sparse_a]), np.concatenate([b, sparse_b], axis=1)
     # The squared norm of b @ a without the product itself.
     squared = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
     return Factors(a, b, len(a), 1.0, squared)
 
 
-def _sparse_factors(delta: Delta, name: str) -> tuple[F32, F32]:
-    rows, cols = line_cover(delta.tensors[name], delta.shapes[name])
-    n_rows, n_cols = delta.shapes[name]
-    row, col, value = delta.as_rows(name)
-    rank = len(rows) + len(cols)
-    a = np.zeros((rank, n_cols), dtype=np.float32)
-    b = np.zeros((n_rows, rank), dtype=np.float32)
-    b[rows, np.arange(len(rows))] = 1
-    a[len(rows) + np.arange(len(cols)), cols] = 1
-    on_row = np.isin(row, rows)
-    a[np.searchsorted(rows, row[on_row]), col[on_row]] = value[on_row]
-    on_col = ~on_row  # every entry is used once
-    b[row[on_col], len(rows) + np.searchsorted(cols, col[on_col])] = value[on_col]
-    return a, b
+class SparseFactors:
+    """Sparse entries as a product of least rank: the values stand in `a` or in `b`.
+
+    Args:
+        indices: Flat indices of the entries, (nnz,).
+        shape: (n_rows, n_cols) of the matrix.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], shape: tuple[int, int]) -> None:
+        rows, cols = line_cover(indices, shape)
+        n_rows, n_cols = shape
+        row, col = np.divmod(indices, n_cols)
+        rank = len(rows) + len(cols)
+        self._a = np.zeros((rank, n_cols), dtype=np.float32)
+        self._b = np.zeros((n_rows, rank), dtype=np.float32)
+        self._b[rows, np.arange(len(rows))] = 1
+        self._a[len(rows) + np.arange(len(cols)), cols] = 1
+        self._on_row = np.isin(row, rows)  # the others are in one of the columns
+        at, on_col = self._on_row, ~self._on_row
+        self._in_a = np.searchsorted(rows, row[at]) * n_cols + col[at]
+        self._in_b = row[on_col] * rank + len(rows) + np.searchsorted(cols, col[on_col])
+
+    def with_values(self, values: F32) -> tuple[F32, F32]:
+        """a (rank, n_cols) and b (n_rows, rank) of the entries' values, (nnz,)."""
+        a, b = self._a.copy(), self._b.copy()
+        a.reshape(-1)[self._in_a] = values[self._on_row]
+        b.reshape(-1)[self._in_b] = values[~self._on_row]
+        return a, b
 
 
 def best_factors(delta: Delta, name: str, rank: int) -> Factors:

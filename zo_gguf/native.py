@@ -109,6 +109,11 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_gain_free": (None, (Handle,)),
     "zo_gain_add": (c_int32, (Handle, c_char_p, c_int64)),
     "zo_gain_set": (c_int32, (Handle, c_int32, c_int32, FLOATS)),
+    "zo_tensors_init": (c_int32, (POINTER(Handle),)),
+    "zo_tensors_free": (None, (Handle,)),
+    "zo_tensors_add": (c_int32, (Handle, c_char_p, c_int64)),
+    "zo_tensors_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
+    "zo_tensors_set": (c_int32, (Handle, c_int32, ctypes.c_void_p, c_int64)),
     "zo_losses": (
         c_int32,
         (FLOATS, c_int64, c_int64, c_int32, INTS, INTS, c_int32, POINTER(c_double)),

@@ -90,6 +90,7 @@ class Trainable:
             n_gpu_layers=config.n_gpu_layers,
             probes_per_decode=1 if width == "auto" else width,
             distribution=distribution_of(config.estimator),
+            path=config.path,
         )
         return self._engine
 

@@ -140,7 +140,8 @@ def _resolve(session: Session) -> None:
         )
         config = dataclasses.replace(config, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
-    session.run.save_config(dataclasses.replace(config, threads=engine.n_threads))
+    fixed = dataclasses.replace(config, threads=engine.n_threads, path=engine.path)
+    session.run.save_config(fixed)
 
 
 def load_rows(config: TuneConfig, engine: Engine) -> tuple[list[Example], list[Example]]:

@@ -126,6 +126,11 @@ class TuneConfig(RowsConfig):
         default=0.1,
         above=0,
     )
+    path: Literal["auto", "hook", "adapter"] = option(
+        help="where the parameters act: beside the products through libzo, or in a LoRA adapter "
+        "that is rewritten for every probe (auto: the adapter where layers are on a GPU)",
+        default="auto",
+    )
     clip: float | Literal["adaptive"] | None = option(
         help="largest projected gradient; adaptive: three times the median of the last 100",
         default=None,

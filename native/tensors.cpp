@@ -1,0 +1,96 @@
+// Tensors found by name in the engine's graph and rewritten whole between decodes, on any backend.
+
+#include <cstring>
+#include <string>
+#include <string_view>
+
+#include "error.h"
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "named.h"
+#include "zo.h"
+
+namespace zo {
+
+struct named_tensor {
+    std::string   name;
+    int64_t       n_bytes = 0;
+    uint32_t      id      = 0;
+    ggml_tensor * tensor  = nullptr;
+    bool          copied  = false;  // the graph reads a copy on a device, which another decode renews
+};
+
+}  // namespace zo
+
+struct zo_tensors : zo::named_weights<zo::named_tensor> {};
+
+using zo::fail;
+using zo::guarded;
+
+zo_status zo_tensors_init(zo_tensors ** tensors) {
+    return guarded([&] {
+        if (tensors == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_tensors_init got a null pointer");
+        }
+        *tensors = new zo_tensors;
+        return ZO_OK;
+    });
+}
+
+void zo_tensors_free(zo_tensors * tensors) {
+    delete tensors;
+}
+
+zo_status zo_tensors_add(zo_tensors * tensors, const char * name, int64_t n_bytes) {
+    return guarded([&] {
+        if (tensors == nullptr || name == nullptr || n_bytes < 1 || tensors->find(name) != nullptr) {
+            return fail(ZO_ARGUMENT, "zo_tensors_add got a null pointer, no bytes or a name it knows");
+        }
+        tensors->append({ name, n_bytes, 0, nullptr, false });
+        return ZO_OK;
+    });
+}
+
+bool zo_tensors_eval(ggml_tensor * node, bool ask, void * user_data) {
+    zo_tensors * tensors = (zo_tensors *) user_data;
+    for (int i = 0; ask && i < GGML_MAX_SRC; ++i) {
+        ggml_tensor * source = node->src[i];
+        if (source == nullptr) {
+            continue;
+        }
+        // Copies on a device are named "DEVICE#name#n".
+        std::string_view name(source->name);
+        const size_t     first = name.find('#'), last = name.rfind('#');
+        const bool       copied = first != last;
+        if (copied) {
+            name = name.substr(first + 1, last - first - 1);
+        }
+        const zo::named_tensor * found = tensors->find(name);
+        if (found != nullptr) {
+            tensors->weights[found->id].tensor = source;
+            tensors->weights[found->id].copied = copied;
+        }
+    }
+    return !ask;
+}
+
+zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data, int64_t n_bytes) {
+    return guarded([&] {
+        if (tensors == nullptr || data == nullptr || number < 0 ||
+            (size_t) number >= tensors->weights.size()) {
+            return fail(ZO_ARGUMENT, "zo_tensors_set got a null pointer or a number it does not know");
+        }
+        const zo::named_tensor & named = tensors->weights[(size_t) number];
+        if (named.tensor == nullptr) {
+            return fail(ZO_GRAPH, "the engine never read " + named.name);
+        }
+        if (named.copied) {
+            return fail(ZO_GRAPH, "the engine copies " + named.name + " to a device for every decode");
+        }
+        if (n_bytes != named.n_bytes || (int64_t) ggml_nbytes(named.tensor) != n_bytes) {
+            return fail(ZO_GRAPH, named.name + " has an unexpected size in memory");
+        }
+        ggml_backend_tensor_set(named.tensor, data, 0, (size_t) n_bytes);
+        return ZO_OK;
+    });
+}
