@@ -23,8 +23,7 @@ from zo_gguf.mask import Mask
 from zo_gguf.replay import replay
 
 tune_module = importlib.import_module("zo_gguf.tune")
-N_STEPS = 24
-N_KILLS = 4
+N_STEPS, N_KILLS = 24, 4
 
 
 def arguments(tiny_export: SimpleNamespace, task_dir: Path, run: Path, **options: Any) -> dict:
