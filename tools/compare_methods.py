@@ -4,8 +4,8 @@
 
 The folder of models holds NAME-QUANT.gguf with .mask.safetensors, as `zo-gguf export` writes them;
 other masks lie beside them as NAME-QUANT.SCORE.mask.safetensors, or in a folder SCORE. Each entry
-gets its own learning rate, searched on a quarter of the budget with seed 0, and then runs over the
-whole budget with every seed. An interrupted comparison goes on where it stopped; after a change of
+gets its own learning rate, the best of some over the whole budget with seed 0, and then runs with
+the other seeds. An interrupted comparison goes on where it stopped; after a change of
 a model, mask or the data take a new --out.
 
 The entries are in `compare_entries`, their runs in `compare_runs`, table and plot in

@@ -27,7 +27,6 @@ from zo_gguf.optimizer import check_optimizer
 from zo_gguf.run import Run
 from zo_gguf.trajectory import Trajectory
 
-SEARCH_SHARE = 0.25  # of the budget, for each learning rate tried
 N_VALIDATIONS = 8  # of a run over the whole budget
 
 
@@ -163,30 +162,33 @@ def validations(run: Run) -> dict[int, dict[str, Any]]:
 
 
 def search(
-    task: Task, entry: Entry, shared: dict[str, Any], outcome: Outcome, pool: ThreadPoolExecutor
+    task: Task, entry: Entry, options: dict[str, Any], outcome: Outcome, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
-    """Find the learning rate; returns it and the eps that belongs to it, as options.
+    """Run the first seed with every learning rate, and keep the best run as the outcome's first.
+
+    Returns:
+        Its learning rate, and the eps that belongs to it, as options for the other seeds.
 
     Raises:
         Failed: No rate gave a run that came to its end.
     """
-    steps = max(1, int(task.budget * SEARCH_SHARE / outcome.tokens_per_step))
-    options = shared | {"iters": steps, "seed": 0, "valid_every": -(-steps // 2)}
-    folder = run_folder(task, entry, "search-x1", options)
-    runs = {1.0: pool.submit(tune, folder, options)}
+    options = options | {"seed": 0}
+    per_step = outcome.tokens_per_step
+    folder = run_folder(task, entry, "seed0-x1", options)
+    runs = {1.0: pool.submit(full_run, folder, options, per_step)}
     found = {1.0: derived(folder, runs[1.0])}
     for multiplier in sorted(set(entry.rates) - {1.0}):
         rate = float(f"{found[1.0]['learning_rate'] * multiplier:.3g}")
         found[multiplier] = found[1.0] | {"learning_rate": rate}
         tried = options | found[multiplier]
-        folder = run_folder(task, entry, f"search-x{multiplier:.3g}", tried)
-        runs[multiplier] = pool.submit(tune, folder, tried)
-    losses = {}
+        folder = run_folder(task, entry, f"seed0-x{multiplier:.3g}", tried)
+        runs[multiplier] = pool.submit(full_run, folder, tried, per_step)
+    losses, done = {}, {}
     for multiplier, future in runs.items():
         key = f"{multiplier:.4g}"
         try:
-            lines = validations(future.result())
-            outcome.search[key] = losses[multiplier] = min(v["valid_loss"] for v in lines.values())
+            done[multiplier] = future.result()
+            outcome.search[key] = losses[multiplier] = done[multiplier].valid["loss"]
         except Failed as error:
             outcome.search[key] = str(error)
     if not losses:
@@ -195,10 +197,11 @@ def search(
     best = min(losses, key=lambda m: (losses[m], m != 1.0))
     outcome.multiplier = float(f"{best:.4g}")
     outcome.learning_rate = found[best]["learning_rate"]
+    outcome.runs.append(done[best])
     return found[best]
 
 
-def derived(folder: Path, future: Future[Run]) -> dict[str, Any]:
+def derived(folder: Path, future: Future[SeedRun]) -> dict[str, Any]:
     """The learning rate and eps that `tune` derived, even if the run diverged afterwards.
 
     Raises:
@@ -255,28 +258,28 @@ def merge(folder: Path) -> dict[str, Any]:
 
 
 def compare(task: Task, entry: Entry, quant: str, pool: ThreadPoolExecutor) -> Outcome:
-    """Search the learning rate, run every seed, merge the first."""
+    """Search the learning rate with the first seed, run the others, merge the first."""
     outcome = Outcome(quant, entry.label)
     try:
         shared = base_options(task, entry, quant)
         outcome.tokens_per_step = tokens_per_step(task, shared)
         outcome.steps = steps = max(1, int(task.budget / outcome.tokens_per_step))
-        chosen = search(task, entry, shared, outcome, pool)
+        options = shared | {"iters": steps, "valid_every": -(-steps // N_VALIDATIONS)}
+        options |= search(task, entry, options, outcome, pool)
         started: dict[int, Future[SeedRun]] = {}
-        for seed in range(task.n_seeds):
-            options = shared | chosen | {"iters": steps, "seed": seed}
-            options["valid_every"] = -(-steps // N_VALIDATIONS)
-            folder = run_folder(task, entry, f"seed{seed}", options)
-            started[seed] = pool.submit(full_run, folder, options, outcome.tokens_per_step)
+        for seed in range(1, task.n_seeds):
+            folder = run_folder(task, entry, f"seed{seed}", options | {"seed": seed})
+            started[seed] = pool.submit(
+                full_run, folder, options | {"seed": seed}, outcome.tokens_per_step
+            )
         for seed, future in started.items():
             try:
                 outcome.runs.append(future.result())
             except Failed as error:
                 outcome.notes.append(f"seed {seed} failed: {error}")
-        if outcome.runs and outcome.runs[0].seed == 0:
-            folder = Path(outcome.runs[0].folder)
-            outcome.n_parameters = Trajectory.load(folder / "trajectory.bin").header.get("nnz")
-            outcome.merge = pool.submit(merge, folder).result()
+        folder = Path(outcome.runs[0].folder)
+        outcome.n_parameters = Trajectory.load(folder / "trajectory.bin").header.get("nnz")
+        outcome.merge = pool.submit(merge, folder).result()
     except (Failed, ZoError) as error:
         outcome.failure = str(error)
     return outcome
