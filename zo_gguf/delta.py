@@ -55,6 +55,11 @@ class DeltaHeader:
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @classmethod
+    def of(cls, gguf: "GgufFile", method: str) -> "DeltaHeader":
+        """For what a method trains in a GGUF."""
+        return cls(gguf.path.name, gguf.sha256(), method)
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -180,8 +185,8 @@ class Delta:
 
     def check_base(self, gguf: "GgufFile") -> None:
         """Raise ZoError unless `gguf` is the file that this delta was made for."""
-        shapes = self.shapes | {n: (e.n_rows, e.n_cols) for n, e in self.low_rank.items()}
-        check_base(gguf, self.header.base_name, self.header.base_sha256, shapes, _KIND)
+        header = self.header
+        check_base(gguf, header.base_name, header.base_sha256, self.changed, _KIND)
         for name in [*self.live, *self.gains]:
             gguf.info(name)
 

@@ -48,7 +48,7 @@ class Engine(Vocabulary):
     """A GGUF loaded for forward passes, with trainable entries where a mask puts them.
 
     Args:
-        model_path: The GGUF file.
+        model: The GGUF file, or its path. An opened one is not hashed again.
         mask: A `Mask` (theta starts at its residuals), a `Delta` (theta starts at what was
             learned), a path of either, or None for the plain model.
         n_threads: CPU threads; default: the physical cores this process may use.
@@ -70,7 +70,7 @@ class Engine(Vocabulary):
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
+        model: str | os.PathLike[str] | GgufFile,
         *,
         mask: Mask | Delta | str | os.PathLike[str] | None = None,
         n_threads: int | None = None,
@@ -88,7 +88,7 @@ class Engine(Vocabulary):
         self._hook: Hook | None = None
         self._context: Context | None = None
         self._model: Any = None
-        self.gguf = GgufFile(model_path)
+        self.gguf = model if isinstance(model, GgufFile) else GgufFile(model)
         self.mask = open_entries(mask, self.gguf)
         self.n_threads = n_threads or default_threads()
         self.ctx_tokens = ctx_tokens

@@ -39,6 +39,11 @@ class TensorInfo:
         return self.shape[-1]
 
     @property
+    def is_float(self) -> bool:
+        """Whether every value has bytes of its own that libzo can read and write."""
+        return self.type.name in ("F32", "F16", "BF16")
+
+    @property
     def row_bytes(self) -> int:
         """Bytes per row."""
         block, block_bytes = GGML_QUANT_SIZES[self.type]

@@ -3,15 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from zo_gguf.delta import Delta
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import NewTensor, copy_gguf
 from zo_gguf.llama import default_threads, native_library
 from zo_gguf.parameters import Parameters
-from zo_gguf.scales import live_bytes, rounded
+from zo_gguf.scales import float_bytes, live_bytes
 
 
 def write_edited(base: GgufFile, delta: Delta, path: Path) -> GgufFile:
@@ -39,11 +36,7 @@ def write_edited(base: GgufFile, delta: Delta, path: Path) -> GgufFile:
     for name in delta.gains:
         info = base.tensors[name]
         weights = base.dequantize(name) * (1 + delta.theta[slices[name]])
-        make = partial(_as_bytes, rounded(weights, info.type))
+        make = partial(float_bytes, weights, info.type)
         replace[name] = NewTensor(name, info.shape, info.type, make)
     copy_gguf(base, path, replace=replace, keys={})
     return GgufFile(path)
-
-
-def _as_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    return values.view(np.uint8)

@@ -161,16 +161,19 @@ def _unrest(rows: list[NDArray[np.float64]], ladder: list[float]) -> list[float]
 
 def _bends(rows: list[NDArray[np.float64]], ladder: list[float], floor: float) -> bool:
     """Whether the slopes moved from one rung to the next by more than noise explains."""
-    moved = _rms(rows[-1] - rows[-2]) / max(_rms(rows[-1]), 1e-300)
     unrest = _unrest(rows, ladder)
-    return moved > _NONLINEAR and unrest[-1] > _CLEAR * max(floor, min(unrest))
+    return _moved(rows[-2], rows[-1]) > _NONLINEAR and unrest[-1] > _CLEAR * max(floor, min(unrest))
 
 
 def _bends_at_once(rows: list[NDArray[np.float64]], ladder: list[float]) -> bool:
     """Whether curvature moved the slopes between the first two rungs already."""
-    moved = _rms(rows[1] - rows[0]) / max(_rms(rows[1]), 1e-300)
     unrest = _unrest(rows, ladder)
-    return moved > _NONLINEAR and unrest[1] > _CLEAR * unrest[0]
+    return _moved(rows[0], rows[1]) > _NONLINEAR and unrest[1] > _CLEAR * unrest[0]
+
+
+def _moved(before: NDArray[np.float64], after: NDArray[np.float64]) -> float:
+    """Relative change of the slopes from one rung to another."""
+    return _rms(after - before) / max(_rms(after), 1e-300)
 
 
 def _choose(ladder: NDArray[np.float64], slopes: NDArray[np.float64], floor: float) -> NoiseReport:

@@ -76,8 +76,7 @@ class Parameters:
             self._gain = Gain(library)
             for name, gain in delta.gains.items():
                 self._gain.add(name, gain.size)
-        live_places = [np.arange(slices[n].start, slices[n].stop) for n in delta.live]
-        self._live_places = np.concatenate(live_places) if live_places else None
+        self._live_slices = [slices[name] for name in delta.live]
 
     @property
     def kinds(self) -> list[str]:
@@ -164,7 +163,7 @@ class Parameters:
         if self._store is not None:
             self._store.write(self._theta[: self._store.size])
         if self._in_place is not None:
-            self._in_place.write(self._theta[self._live_places])
+            self._in_place.write(np.concatenate([self._theta[part] for part in self._live_slices]))
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
         """z(seed), (size,), at the current theta and step, in units; the same bits everywhere.
@@ -178,7 +177,11 @@ class Parameters:
         if signs and self.delta.edits:
             raise ZoError("Signs per example need sparse entries only; use another --estimator.")
         if self._in_place is not None:
-            z[self._live_places] = self._in_place.noise(seed)
+            live, first = self._in_place.noise(seed), 0
+            for part in self._live_slices:
+                n = part.stop - part.start
+                z[part] = live[first : first + n]
+                first += n
         for number, name in enumerate(self.delta.gains):
             part = self._slices[name]
             whole = slice(0, part.stop - part.start)

@@ -18,11 +18,13 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
 from zo_gguf.trainable import Trainable
+from zo_gguf.trajectory import record_size
 from zo_gguf.tune import load_rows
 from zo_gguf.width import choose_width
 
 _TIMED_STEPS = 3
 _WORTH_SAYING = 0.05  # of a step's time; less is noise
+_METRICS_LINE = 250  # bytes of metrics.jsonl per step
 _TRIAL_EPS = 1e-2  # timing does not depend on it
 BYTES_PER_ENTRY = 16  # of a tuned weight: master, position, noise
 _MIB = 1 << 20
@@ -172,8 +174,8 @@ def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
     """Three deltas with their positions, the state, the trajectory and the metrics."""
-    record = 20 + 40 * config.n_directions
-    return 3 * 2 * theta + theta + optimizer + config.iters * (record + 250)
+    record = record_size({"directions": config.n_directions}) + _METRICS_LINE
+    return 3 * 2 * theta + theta + optimizer + config.iters * record
 
 
 def _check_disk(config: TuneConfig, needed: int) -> None:

@@ -99,7 +99,7 @@ def live_bytes(gguf: GgufFile, name: str, live: Live, values: Vector) -> NDArray
     """
     kind, raw = gguf.tensors[name].type, gguf.raw(name)
     if live.kind == "weight":
-        return rounded(values, kind).view(np.uint8).reshape(raw.shape)
+        return float_bytes(values, kind).reshape(raw.shape)
     blocks = raw.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
     offsets = scale_offsets(kind)
     scales = values.astype("<f2").reshape(-1, len(offsets))
@@ -108,10 +108,11 @@ def live_bytes(gguf: GgufFile, name: str, live: Live, values: Vector) -> NDArray
     return blocks.reshape(raw.shape)
 
 
-def rounded(values: Vector, kind: Type) -> NDArray[np.generic]:
-    """Values as a float type of ggml stores them: F32, F16 or BF16, the last as its 16 bits."""
+def float_bytes(values: Vector, kind: Type) -> NDArray[np.uint8]:
+    """Values as a float type of ggml stores them: F32, F16 or BF16."""
     if kind != Type.BF16:
-        return values.astype("<f4" if kind == Type.F32 else "<f2")
+        return values.astype("<f4" if kind == Type.F32 else "<f2").view(np.uint8)
     bits: NDArray[np.uint32] = values.astype("<f4").view("<u4")
     odd = np.bitwise_and(bits >> np.uint32(16), np.uint32(1))
-    return np.asarray((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16), dtype="<u2")
+    nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)  # ties to even
+    return np.asarray(nearest, "<u2").view(np.uint8)

@@ -83,7 +83,7 @@ class Trainable:
         config = self._config
         width = config.probes_per_decode
         self._engine = Engine(
-            config.model,
+            self._gguf,
             mask=self.start,
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,

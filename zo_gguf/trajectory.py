@@ -96,7 +96,7 @@ class Trajectory:
         with open(path, "rb") as file:
             header = _read_header(file, path)
             start = file.tell()
-        size = _record_size(header)
+        size = record_size(header)
         trajectory = cls(path, header, start, (path.stat().st_size - start) // size)
         for _ in trajectory.records():
             pass
@@ -108,7 +108,7 @@ class Trajectory:
         Raises:
             ZoError: A record's checksum or step number is wrong.
         """
-        size = _record_size(self.header)
+        size = record_size(self.header)
         with open(self.path, "rb") as file:
             file.seek(self._start)
             for number in range(self.n_records):
@@ -123,7 +123,7 @@ class Trajectory:
     def append(self, record: Record) -> None:
         """Add a record; it is in the file, whole, when this returns."""
         if self._file is None:
-            size = _record_size(self.header)
+            size = record_size(self.header)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
             self._file.truncate(self._start + self.n_records * size)  # drops a torn last record
             self._file.seek(0, os.SEEK_END)
@@ -169,7 +169,8 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
     return header
 
 
-def _record_size(header: dict[str, Any]) -> int:
+def record_size(header: dict[str, Any]) -> int:
+    """Bytes of a record of a trajectory with this header."""
     n = _STEP.size + header["directions"] * _DIRECTION.size
     return int(n + 8 * header.get("features", 0) + _CRC.size)
 

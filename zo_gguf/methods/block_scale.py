@@ -16,7 +16,7 @@ from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import Edits, Live
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.scales import base_scales, scale_offsets
+from zo_gguf.scales import base_scales
 
 
 def block_scale(config: TuneConfig, gguf: GgufFile) -> Delta:
@@ -25,9 +25,8 @@ def block_scale(config: TuneConfig, gguf: GgufFile) -> Delta:
     Raises:
         ZoError: No tensor has scales, or a chosen one has none that can be tuned.
     """
-    floats = ("F32", "F16", "BF16")
     names = matching_matrices(gguf, config.train)
-    names = [name for name in names if gguf.tensors[name].type.name not in floats]
+    names = [name for name in names if not gguf.tensors[name].is_float]
     if not names:
         raise ZoError(
             f"{gguf.path.name!r} has no quantized matrices whose name matches "
@@ -36,9 +35,8 @@ def block_scale(config: TuneConfig, gguf: GgufFile) -> Delta:
     edits: Edits = {}
     parts = []
     for name in names:
-        scale_offsets(gguf.tensors[name].type)
         scales = base_scales(gguf, name)
         parts.append(scales if config.absolute else np.zeros_like(scales))
         edits[name] = Live("scale", scales.size, relative=not config.absolute)
-    header = DeltaHeader(gguf.path.name, gguf.sha256(), "block-scale")
+    header = DeltaHeader.of(gguf, "block-scale")
     return Delta({}, {}, np.concatenate(parts), header, edits)

@@ -17,7 +17,6 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.scales import base_weights
 
-_FLOATS = ("F32", "F16", "BF16")
 _TRAINABLE = re.compile(r"\.(weight|bias)$")
 _NOT_WEIGHTS = re.compile(r"^rope_|_scale\.|inv_freq")
 
@@ -32,7 +31,7 @@ def dense(config: TuneConfig, gguf: GgufFile) -> Delta:
     if config.train is not None:
         names = [n for n in names if re.search(config.train, n)]
     else:
-        names = [n for n in names if gguf.tensors[n].type.name in _FLOATS]
+        names = [n for n in names if gguf.tensors[n].is_float]
     if not names:
         raise ZoError(
             f"{gguf.path.name!r} has no float tensors whose name matches "
@@ -40,5 +39,5 @@ def dense(config: TuneConfig, gguf: GgufFile) -> Delta:
         )
     weights = {name: base_weights(gguf, name) for name in names}
     edits: Edits = {name: Live("weight", value.size) for name, value in weights.items()}
-    header = DeltaHeader(gguf.path.name, gguf.sha256(), "dense")
+    header = DeltaHeader.of(gguf, "dense")
     return Delta({}, {}, np.concatenate(list(weights.values())), header, edits)

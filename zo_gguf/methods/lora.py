@@ -32,5 +32,5 @@ def lora(config: TuneConfig, gguf: GgufFile) -> Delta:
         a = random.standard_normal((config.rank, n_cols)) / np.sqrt(3 * n_cols)
         masters += [a.astype(np.float32).reshape(-1), np.zeros(config.rank * n_rows, np.float32)]
         edits[name] = LowRank("lora", n_rows, n_cols, config.rank, _SCALE, 0, none, none)
-    header = DeltaHeader(gguf.path.name, gguf.sha256(), "lora")
+    header = DeltaHeader.of(gguf, "lora")
     return Delta({}, {}, np.concatenate(masters), header, edits)

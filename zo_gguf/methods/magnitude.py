@@ -17,7 +17,6 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.scales import base_weights
 from zo_gguf.selection import top_k
 
-_FLOATS = ("F32", "F16", "BF16")
 _IN_PLACE_SHARE, _SPARSE_SHARE = 0.25, 0.001
 
 
@@ -32,7 +31,7 @@ def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
     tensors, shapes, masters = {}, {}, []
     for name in names:
         info = gguf.tensors[name]
-        if info.type.name in _FLOATS:
+        if info.is_float:
             weights = base_weights(gguf, name)
             limit = np.quantile(np.abs(weights), config.density or _IN_PLACE_SHARE)
             edits[name] = Live("weight", weights.size, limit=float(np.float32(limit)))
@@ -40,9 +39,9 @@ def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
         else:
             weights = np.abs(gguf.dequantize(name).reshape(-1))
             n = max(1, round((config.density or _SPARSE_SHARE) * weights.size))
-            tensors[name] = np.sort(top_k(-weights, n)).astype(np.int64)
+            tensors[name] = top_k(-weights, n)
             shapes[name] = (info.shape[0], info.shape[1])
     n_sparse = sum(indices.size for indices in tensors.values())
     theta = np.concatenate([np.zeros(n_sparse, np.float32), *masters])
-    header = DeltaHeader(gguf.path.name, gguf.sha256(), "magnitude")
+    header = DeltaHeader.of(gguf, "magnitude")
     return Delta(tensors, shapes, theta, header, edits)

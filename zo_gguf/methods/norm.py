@@ -16,7 +16,6 @@ from zo_gguf.edits import Edits, Gain
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 
-_FLOATS = ("F32", "F16", "BF16")
 _NORM = re.compile(r"norm\.weight$")
 
 
@@ -32,7 +31,7 @@ def norm(config: TuneConfig, gguf: GgufFile) -> Delta:
         if _NORM.search(name)
         and re.search(config.train or "", name)
         and len(info.shape) == 1
-        and info.type.name in _FLOATS
+        and info.is_float
     ]
     if not names:
         raise ZoError(
@@ -41,4 +40,4 @@ def norm(config: TuneConfig, gguf: GgufFile) -> Delta:
         )
     edits: Edits = {name: Gain(gguf.tensors[name].n_cols) for name in names}
     theta = np.zeros(sum(edit.size for edit in edits.values()), np.float32)
-    return Delta({}, {}, theta, DeltaHeader(gguf.path.name, gguf.sha256(), "norm"), edits)
+    return Delta({}, {}, theta, DeltaHeader.of(gguf, "norm"), edits)

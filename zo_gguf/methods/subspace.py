@@ -51,7 +51,7 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
             np.stack([bases.draw(window, 1, n_cols) for window in range(n_windows)]),
         )
     theta = np.zeros(sum(edit.size for edit in edits.values()), np.float32)
-    header = DeltaHeader(gguf.path.name, gguf.sha256(), "subspace")
+    header = DeltaHeader.of(gguf, "subspace")
     return Delta({}, {}, theta, header, edits)
 
 
