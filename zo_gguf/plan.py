@@ -19,7 +19,7 @@ from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import record_size
-from zo_gguf.tune import load_rows
+from zo_gguf.tune import MEASURED_ROWS, load_rows
 from zo_gguf.width import choose_width
 
 _TIMED_STEPS = 3
@@ -168,7 +168,8 @@ def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
     per_validation = forward * n_valid / config.n_rows
-    choosing = forward * MAX_FORWARDS if config.eps == "auto" else 0.0
+    more_rows = max(1, MEASURED_ROWS // config.n_rows)
+    choosing = forward * MAX_FORWARDS * more_rows if config.eps == "auto" else 0.0
     return config.iters * per_step + validations * per_validation + choosing
 
 

@@ -34,6 +34,8 @@ from zo_gguf.trajectory import Record, Trajectory
 from zo_gguf.tune_config import parse_units
 from zo_gguf.width import choose_width, in_words
 
+MEASURED_ROWS = 16  # for eps
+
 
 @dataclass
 class Session:
@@ -116,7 +118,9 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
 def _resolve(session: Session) -> None:
     """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
     config, engine = session.config, session.engine
-    rows = session.draw(step=0)
+    # The rows of some steps, where those of one are too few to tell much.
+    steps = range(max(1, MEASURED_ROWS // config.n_rows))
+    rows = [row for step in steps for row in session.draw(step)]
     if len(session.trainable.kinds) > 1 and not config.unit:
         eps, units = measure_units(engine, rows)
         config = dataclasses.replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
@@ -125,7 +129,7 @@ def _resolve(session: Session) -> None:
         session.trainable.set_units(parse_units(config.unit))
         print(f"units {', '.join(config.unit)}", file=sys.stderr)
     if config.probes_per_decode == "auto":
-        seconds = choose_width(engine, rows, config)
+        seconds = choose_width(engine, rows[: config.n_rows], config)
         config = dataclasses.replace(config, probes_per_decode=engine.probes_per_decode)
         if len(seconds) > 1:
             print(in_words(seconds), file=sys.stderr)
