@@ -55,7 +55,11 @@ ENTRIES = (
     Entry("sensitive, grzo, adam", estimator="grzo"),
     Entry("sensitive, natural, adam", estimator="natural"),
     Entry("sensitive, natural, momentum", estimator="natural", optimizer="momentum"),
-    Entry("sensitive, natural of 8, adam", estimator="natural", options={"directions": 8}),
+    Entry(
+        "sensitive, natural of 16, 16 rows, adam",
+        estimator="natural",
+        options={"directions": 16, "examples_per_step": 16},
+    ),
     Entry("random mask, spsa, adam", mask="random"),
     Entry("random mask, natural, adam", estimator="natural", mask="random"),
     Entry("magnitude mask, natural, adam", estimator="natural", mask="magnitude"),
