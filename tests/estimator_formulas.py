@@ -41,7 +41,7 @@ def natural(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estim
         tokens = np.array([(a[row] - b[row]) / (2 * eps) for a, b in sides])
         for token in tokens.T:
             information += np.outer(token, token) / tokens.shape[1] / n_rows
-    damped = information + 0.3 * np.trace(information) / len(steps) * np.eye(len(steps))
+    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
     return plus, minus, list(np.linalg.inv(damped) @ slopes)
 
 

@@ -18,7 +18,7 @@ from zo_gguf.trajectory import Direction, Record, Trajectory
 # ---- options -------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwards
-    ({}, 8, 16),
+    ({}, 16, 32),
     ({"directions": 5}, 5, 10),
     ({"estimator": "spsa"}, 1, 2),
     ({"estimator": "spsa", "curvature": True}, 1, 3),

@@ -29,9 +29,9 @@ def test_parts_add_up_and_nothing_is_written(
     assert result.trainable == BYTES_PER_ENTRY * 6256
     assert result.optimizer == pytest.approx(8 * 6256, abs=64)  # adam
     assert result.seconds > 500 * result.seconds_per_step
-    assert result.tokens_per_step > 16 * 8
+    assert result.tokens_per_step > 32 * 4
     assert result.probes_per_decode == 1
-    assert result.fastest in (1, 2, 4, 8, 16)
+    assert result.fastest in (1, 2, 4, 8, 16, 32)
     assert 0 <= result.saved < 1
     table = result.render()
     assert "not used (-ngl 0)" in table

@@ -56,9 +56,9 @@ ENTRIES = (
     Entry("sensitive, natural, adam", estimator="natural"),
     Entry("sensitive, natural, momentum", estimator="natural", optimizer="momentum"),
     Entry(
-        "sensitive, natural of 16, 16 rows, adam",
+        "sensitive, natural, 16 rows, adam",
         estimator="natural",
-        options={"directions": 16, "examples_per_step": 16},
+        options={"examples_per_step": 16},
     ),
     Entry("random mask, spsa, adam", mask="random"),
     Entry("random mask, natural, adam", estimator="natural", mask="random"),

@@ -94,7 +94,7 @@ class TuneConfig(RowsConfig):
     )
     iters: int = option(help="steps", default=500, low=1)
     examples_per_step: int | None = option(
-        help="rows per step (default: 16; natural: 8)", default=None, low=1
+        help="rows per step (default: 16; natural: 4)", default=None, low=1
     )
     balance: bool = option(
         help="spread rows with equal answers evenly over an epoch, instead of shuffling alone",
@@ -109,7 +109,7 @@ class TuneConfig(RowsConfig):
         above=0,
     )
     directions: int | None = option(
-        help="random directions per step (default: 1; natural: 8; fzoo: 8; grzo always has one "
+        help="random directions per step (default: 1; natural: 16; fzoo: 8; grzo always has one "
         "for each row)",
         default=None,
         low=1,
@@ -123,7 +123,7 @@ class TuneConfig(RowsConfig):
     )
     damping: float = option(
         help="natural: added to the Fisher matrix, as a share of its mean diagonal",
-        default=0.3,
+        default=1.0,
         above=0,
     )
     path: Literal["auto", "hook", "adapter"] = option(
@@ -203,7 +203,7 @@ class TuneConfig(RowsConfig):
             raise ZoError(f"train {self.train!r} is no regular expression: {error}.") from error
         parse_units(self.unit)
         if self.examples_per_step is None:
-            object.__setattr__(self, "examples_per_step", 8 if self.estimator == "natural" else 16)
+            object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
         if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
             raise ZoError("grzo has as many directions as rows; leave --directions out.")
         for name in ("curvature", "adjust"):
@@ -211,7 +211,7 @@ class TuneConfig(RowsConfig):
                 raise ZoError(f"--{name} needs --estimator spsa, not {self.estimator}.")
         if self.directions is None:
             of_rows = self.examples_per_step
-            default = {"spsa": 1, "natural": 8, "fzoo": 8, "grzo": of_rows}[self.estimator]
+            default = {"spsa": 1, "natural": 16, "fzoo": 8, "grzo": of_rows}[self.estimator]
             object.__setattr__(self, "directions", default)
         if self.estimator in ("fzoo", "grzo") and self.directions == 1:
             raise ZoError(
