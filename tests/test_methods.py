@@ -79,8 +79,8 @@ def config(folder: Path, method: str, quant: str, output: Path, **options: Any) 
     defaults = {
         "model": str(base_of(folder, quant)), "mask": str(folder / f"{quant}.mask"),
         "data": str(folder), "output": str(output), "method": method, "iters": N_STEPS,
-        "directions": None if "estimator" in options else 4, "valid_every": 20, "save_every": SAVED_AT, "threads": 1,
-        "seed": 7, "ctx_tokens": 256, "eps": 0.01, "learning_rate": 0.01,
+        "directions": None if "estimator" in options else 4, "valid_every": 20, "threads": 1,
+        "save_every": SAVED_AT, "seed": 7, "ctx_tokens": 256, "eps": 0.01, "learning_rate": 0.01,
     }  # fmt: skip
     return TuneConfig(**defaults | options)
 
