@@ -19,7 +19,6 @@ from zo_gguf.probe import Scores
 
 Matrix = NDArray[np.float64]
 _LEAST_PROBABILITY = 1e-6
-_TINY = 1e-300
 
 
 def fisher(scores: Scores, eps: float) -> Matrix:
@@ -56,6 +55,10 @@ def natural_slopes(slopes: Matrix, information: Matrix, damping: float) -> Matri
         damping: Added to the diagonal, as a share of its mean.
     """
     n = len(information)
-    scale = float(np.trace(information)) / n + _TINY
+    scale = float(np.trace(information)) / n
+    if scale == 0:  # nothing is known of the answers; of equal losses nothing is left anyway
+        return slopes
+    if not np.isfinite(information).all():
+        return np.full(n, np.nan)  # for the caller to notice
     damped = information / scale + damping * np.eye(n)
     return np.asarray(np.linalg.solve(damped, slopes) / scale)

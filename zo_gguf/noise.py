@@ -76,7 +76,7 @@ def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
 
     Args:
         engine: The model, with trainable parameters.
-        examples: As many rows as a step uses: the floor falls with their number.
+        examples: Some rows; the floor falls with their number.
 
     Raises:
         ZoError: The loss does not react to perturbations at all, or is not finite.
