@@ -1,5 +1,6 @@
 """`plan`: numbers that add up, nothing written, and a refusal of what cannot fit."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from zo_gguf.cli import main
 from zo_gguf.config import TuneConfig
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.plan import BYTES_PER_ENTRY, plan
+from zo_gguf.run import Run
+from zo_gguf.tune import tune
 
 
 def config(tiny_export: SimpleNamespace, task_dir: Path, run: Path) -> TuneConfig:
@@ -60,3 +63,17 @@ def test_too_small_a_disk_is_refused(
     monkeypatch.setattr(psutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DoesNotFitError, match="of disk"):
         plan(config(tiny_export, task_dir, tmp_path / "run"))
+
+
+def test_tune_measures_how_many_probes_share_a_decode_and_records_it(
+    tiny_export: SimpleNamespace,
+    task_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = config(tiny_export, task_dir, tmp_path / "run")
+    options = {"iters": 1, "directions": 2, "eps": 0.05, "valid_rows": 4}
+    tune(dataclasses.replace(given, probes_per_decode="auto", **options))
+    chosen = Run.open(tmp_path / "run").config.probes_per_decode
+    assert chosen in (1, 2, 4)
+    assert f"{chosen} probe" in capsys.readouterr().err

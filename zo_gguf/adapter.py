@@ -19,7 +19,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Tensors
 from zo_gguf.llama import load_adapter
-from zo_gguf.lora import SparseFactors, check_lora, write_lora
+from zo_gguf.lora import SparseFactors, check_lora, write_factors
 from zo_gguf.native import Library
 from zo_gguf.parameters import SPARSE, BranchOf, Parameters
 
@@ -89,19 +89,22 @@ class AdapterParameters(Parameters):
         distribution: int = NORMAL,
     ) -> None:
         super().__init__(library, delta, gguf, n_threads, distribution)
-        self.tensors = Tensors(library)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "adapter.gguf"
-            write_lora(gguf, delta, path, rank=None, keys={})
-            self.adapter = load_adapter(model, path)
-            for name, tensor in GgufFile(path).tensors.items():
-                self.tensors.add(name, tensor.n_bytes)
-            self._order = {name: number for number, name in enumerate(GgufFile(path).tensors)}
+        self._sparse_slices = delta.slices()
         self._layouts = {
             name: SparseFactors(indices, delta.shapes[name])
             for name, indices in delta.tensors.items()
         }
-        self._sparse_slices = delta.slices()
+        self._parts = [(SPARSE, part) for part in self._sparse_slices.values()]
+        self._parts += [(edit.kind, self._slices[name]) for name, edit in delta.edits.items()]
+        factors = {name: self._factors(name, delta.theta) for name in delta.changed}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapter.gguf"
+            write_factors(gguf, factors, path, keys={})
+            self.adapter = load_adapter(model, path)
+        self.tensors = Tensors(library)
+        for name, (a, b) in factors.items():
+            self.tensors.add(f"{name}.lora_a", a.nbytes)
+            self.tensors.add(f"{name}.lora_b", b.nbytes)
 
     @property
     def one_probe_per_decode(self) -> bool:
@@ -121,21 +124,13 @@ class AdapterParameters(Parameters):
         live = self.read()
         if scale != 0:
             z = self.noise(seed)
-            for kind, parts in self._parts().items():
-                for part in parts:
-                    live[part] += np.float32(scale * self._unit(kind)) * z[part]
-        for name in self.delta.changed:
+            for kind, part in self._parts:
+                live[part] += np.float32(scale * self._unit(kind)) * z[part]
+        for number, name in enumerate(self.delta.changed):
             a, b = self._factors(name, live)
-            self.tensors.set(self._order[f"{name}.lora_a"], a)
-            self.tensors.set(self._order[f"{name}.lora_b"], b)
+            self.tensors.set(2 * number, a)
+            self.tensors.set(2 * number + 1, b)
         return []
-
-    def _parts(self) -> dict[str, list[slice]]:
-        """Where each kind of parameters stands in theta."""
-        parts = {SPARSE: list(self._sparse_slices.values())}
-        for name, edit in self.delta.edits.items():
-            parts.setdefault(edit.kind, []).append(self._slices[name])
-        return parts
 
     def _factors(self, name: str, live: Vector) -> tuple[Vector, Vector]:
         """a (rank, n_cols) and b (n_rows, rank) of a tensor, as `exact_factors` orders them."""

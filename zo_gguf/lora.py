@@ -250,20 +250,7 @@ def write_lora(
         factors = {name: exact_factors(delta, name) for name in delta.changed}
     else:
         factors = {name: best_factors(delta, name, rank) for name in delta.changed}
-    head: dict[str, Value | None] = {
-        "general.architecture": base.architecture,
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        # 0 switches llama.cpp's alpha / rank off: the product counts as it is, whatever its rank.
-        "adapter.lora.alpha": 0.0,
-    }
-    tensors = []
-    for name, part in factors.items():
-        tensors += [_tensor(f"{name}.lora_a", part.a), _tensor(f"{name}.lora_b", part.b)]
-    records = [
-        key_record(key, value) for key, value in {**head, **keys}.items() if value is not None
-    ]
-    write_gguf(path, records, tensors)
+    write_factors(base, {name: (part.a, part.b) for name, part in factors.items()}, path, keys)
     total = sum(part.squared_norm for part in factors.values())
     kept = sum(part.kept * part.squared_norm for part in factors.values())
     return LoraSummary(
@@ -273,6 +260,36 @@ def write_lora(
         n_tensors=len(factors),
         n_bytes=path.stat().st_size,
     )
+
+
+def write_factors(
+    base: GgufFile,
+    factors: Mapping[str, tuple[F32, F32]],
+    path: Path,
+    keys: Mapping[str, Value | None],
+) -> None:
+    """Write the adapter that adds b @ a to each weight; checks nothing.
+
+    Args:
+        base: The GGUF that it belongs to.
+        factors: Weight -> a (rank, n_cols) and b (n_rows, rank).
+        path: File to write, atomically.
+        keys: Further metadata.
+    """
+    head: dict[str, Value | None] = {
+        "general.architecture": base.architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        # 0 switches llama.cpp's alpha / rank off: the product counts as it is, whatever its rank.
+        "adapter.lora.alpha": 0.0,
+    }
+    tensors = []
+    for name, (a, b) in factors.items():
+        tensors += [_tensor(f"{name}.lora_a", a), _tensor(f"{name}.lora_b", b)]
+    records = [
+        key_record(key, value) for key, value in {**head, **keys}.items() if value is not None
+    ]
+    write_gguf(path, records, tensors)
 
 
 def _tensor(name: str, values: F32) -> NewTensor:

@@ -78,8 +78,8 @@ class TuneConfig(RowsConfig):
     )
     output: str = option("-o", help="run folder to write", metavar="RUN")
     method: str = option(
-        help="what is trained: sensitive, magnitude, block-scale, subspace, lora, dense, or two of "
-        "them joined by +",
+        help="what is trained: sensitive, norm, magnitude, block-scale, subspace, lora, dense, or "
+        "two of them joined by +",
         default="sensitive",
         metavar="NAME",
     )
