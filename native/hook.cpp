@@ -11,6 +11,7 @@
 #include "gain.h"
 #include "ggml-backend.h"
 #include "ggml.h"
+#include "gpu.h"
 #include "inplace.h"
 #include "loss.h"
 #include "lowrank.h"
@@ -22,11 +23,7 @@ namespace {
 
 constexpr std::string_view OUTPUT_NODE = "result_output";
 
-// Consecutive columns of one branch.
-struct column_range {
-    int64_t first, end;
-    int32_t branch;
-};
+using zo::column_range;
 
 std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
     std::vector<column_range> ranges;
@@ -46,6 +43,11 @@ std::string_view weight_name(const ggml_tensor * t) {
     return first == last ? name : name.substr(first + 1, last - first - 1);
 }
 
+// The columns of a node, where its bytes start at `data`.
+zo::columns columns_at(char * data, const ggml_tensor * t) {
+    return { data, t->ne[1], t->ne[2], t->nb[1], t->nb[2], t->nb[3] };
+}
+
 // A node's matrix in host memory: the tensor's own bytes, or a copy of them.
 struct host_view {
     std::vector<char> copy;
@@ -57,9 +59,6 @@ struct host_view {
             ggml_backend_tensor_get(t, copy.data(), 0, copy.size());
         }
         data = staged ? copy.data() : (char *) t->data;
-    }
-    zo::columns columns(const ggml_tensor * t) const {
-        return { data, t->ne[1], t->ne[2], t->nb[1], t->nb[2], t->nb[3] };
     }
 };
 
@@ -108,6 +107,7 @@ struct zo_hook {
     int                n_threads    = 1;
     bool               force_staged = false;
     zo::sparse_scratch scratch;
+    zo::gpus           devices;
 
     bool                      open = false;  // between begin and end with a batch
     std::vector<zo_branch>    branches;
@@ -121,6 +121,8 @@ struct zo_hook {
     std::vector<int32_t>      gain_fired;     // [weights of gain]
     std::string               error;          // first failure inside a callback
 
+    // Whether the node's result is to be seen once it is computed.
+    bool     wants(const ggml_tensor * node);
     bool     on_node(ggml_tensor * node);
     overlays find(const ggml_tensor * node) const;
     bool     overlay(ggml_tensor * node, const overlays & added);
@@ -128,6 +130,12 @@ struct zo_hook {
                  int64_t first, int64_t end);
     bool     apply_gain(ggml_tensor * node, const zo::gain_weight & weight);
     bool     losses(const ggml_tensor * node);
+
+    // The device with kernels that holds a tensor, NULL if there is none.
+    zo::gpu * device_of(const ggml_tensor * t);
+    void      prepare(const ggml_tensor * node, const overlays & added);
+    void      add_on(zo::gpu & gpu, const overlays & added, const zo::columns & x, const zo::columns & y,
+                     const std::vector<column_range> & ranges);
 
     // The gain of an element-wise product, NULL where there is none.
     const zo::gain_weight * find_gain(const ggml_tensor * node) const;
@@ -181,22 +189,49 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
     if (ranges == nullptr) {
         return false;
     }
-    const bool  staged = force_staged || !in_host_memory(node) || !in_host_memory(x);
-    host_view   in(x, staged), out(node, staged);
-    zo::columns x_columns = in.columns(x), y_columns = out.columns(node);
-    for (const column_range & range : *ranges) {
-        add(added, range.branch, x_columns, y_columns, range.first, range.end);
-    }
-    if (staged) {
-        ggml_backend_tensor_set(node, out.data, 0, out.copy.size());
-    }
     if (added.sparse != nullptr) {
         fired[added.sparse->id] += 1;
     }
     if (added.lowrank != nullptr) {
         lowrank_fired[added.lowrank->id] += 1;
     }
+    zo::gpu * gpu = device_of(node);
+    if (gpu != nullptr && gpu == device_of(x)) {
+        add_on(*gpu, added, columns_at((char *) x->data, x), columns_at((char *) node->data, node), *ranges);
+        return true;
+    }
+    const bool  staged = force_staged || !in_host_memory(node) || !in_host_memory(x);
+    host_view   in(x, staged), out(node, staged);
+    zo::columns x_columns = columns_at(in.data, x), y_columns = columns_at(out.data, node);
+    for (const column_range & range : *ranges) {
+        add(added, range.branch, x_columns, y_columns, range.first, range.end);
+    }
+    if (staged) {
+        ggml_backend_tensor_set(node, out.data, 0, out.copy.size());
+    }
     return true;
+}
+
+zo::gpu * zo_hook::device_of(const ggml_tensor * t) {
+    return force_staged ? nullptr : devices.of(t);
+}
+
+void zo_hook::add_on(zo::gpu & gpu, const overlays & added, const zo::columns & x, const zo::columns & y,
+                     const std::vector<column_range> & ranges) {
+    if (added.sparse != nullptr) {
+        gpu.add_sparse(*store, *added.sparse, branches, x, y, ranges);
+    }
+    if (added.lowrank != nullptr) {
+        gpu.add_lowrank(*added.lowrank, x, y, ranges);
+    }
+    gpu.finish();
+}
+
+void zo_hook::prepare(const ggml_tensor * node, const overlays & added) {
+    zo::gpu * gpu = added.sparse != nullptr ? device_of(node) : nullptr;
+    if (gpu != nullptr) {
+        gpu->prepare(*store, *added.sparse, branches);
+    }
 }
 
 const std::vector<column_range> * zo_hook::columns_of(const std::string & name, int64_t n,
@@ -233,16 +268,25 @@ bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
     if (ranges == nullptr) {
         return false;
     }
+    std::vector<column_range> rows;  // of n values: columns, or their heads
+    for (const column_range & range : *ranges) {
+        rows.push_back({ range.first * n_heads, range.end * n_heads, range.branch });
+    }
+    gain_fired[weight.id] += 1;
+    if (zo::gpu * gpu = device_of(node)) {
+        gpu->multiply(weight, columns_at((char *) node->data, node), rows);
+        gpu->finish();
+        return true;
+    }
     const bool staged = force_staged || !in_host_memory(node);
     host_view  out(node, staged);
-    for (const column_range & range : *ranges) {
-        zo::gain_apply(weight, weight.branches.at((size_t) range.branch), out.columns(node),
-                       range.first * n_heads, range.end * n_heads, n_threads);
+    for (const column_range & row : rows) {
+        zo::gain_apply(weight, weight.branches.at((size_t) row.branch), columns_at(out.data, node), row.first,
+                       row.end, n_threads);
     }
     if (staged) {
         ggml_backend_tensor_set(node, out.data, 0, out.copy.size());
     }
-    gain_fired[weight.id] += 1;
     return true;
 }
 
@@ -257,9 +301,13 @@ bool zo_hook::losses(const ggml_tensor * node) {
                           std::to_string(node->ne[0]));
         }
     }
+    saw_output = true;
+    if (zo::gpu * gpu = device_of(node)) {
+        gpu->losses((const char *) node->data, node->ne[0], node->nb[1], wanted, nll.data());
+        return true;
+    }
     const host_view logits(node, force_staged || !in_host_memory(node));
     zo::negative_log_likelihoods(logits.data, node->ne[0], node->nb[1], wanted, n_threads, nll.data());
-    saw_output = true;
     return true;
 }
 
@@ -275,23 +323,31 @@ bool zo_hook::on_node(ggml_tensor * node) {
     return !open || OUTPUT_NODE != node->name || losses(node);
 }
 
+bool zo_hook::wants(const ggml_tensor * node) {
+    if (open && OUTPUT_NODE == node->name) {
+        return true;
+    }
+    if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID) {
+        return find_gain(node) != nullptr;
+    }
+    const overlays added = find(node);
+    prepare(node, added);
+    return added.any();
+}
+
 bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
     zo_hook * hook = (zo_hook *) user_data;
     if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
         return !ask;
     }
-    if (ask) {
+    try {
+        if (!ask) {
+            return hook->on_node(node);
+        }
         if (hook->inplace != nullptr) {
             hook->inplace->look(node);
         }
-        if (hook->open && OUTPUT_NODE == node->name) {
-            return true;
-        }
-        const bool product = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
-        return (product && hook->find(node).any()) || hook->find_gain(node) != nullptr;
-    }
-    try {
-        return hook->on_node(node);
+        return hook->wants(node);
     } catch (const std::exception & e) {
         return hook->refuse(e.what());
     }
@@ -347,12 +403,16 @@ zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, 
         (*hook)->force_staged = force_staged;
         if (inplace != nullptr) {
             inplace->force_staged = force_staged;
+            inplace->devices      = &(*hook)->devices;
         }
         return ZO_OK;
     });
 }
 
 void zo_hook_free(zo_hook * hook) {
+    if (hook != nullptr && hook->inplace != nullptr) {
+        hook->inplace->devices = nullptr;
+    }
     delete hook;
 }
 

@@ -6,14 +6,13 @@
 
 #include "error.h"
 #include "ggml-backend.h"
+#include "gpu.h"
 #include "parallel.h"
 #include "store.h"
 
 namespace {
 
-constexpr int64_t CHUNK      = 1 << 12;
-constexpr float   LEAST      = 1.0f / 1024;  // a scale may shrink to this share of its base
-constexpr float   LEAST_STEP = 1e-7f;        // QZO, arXiv 2505.13430
+constexpr int64_t CHUNK = 1 << 12;
 
 size_t bytes_of(zo_storage storage) {
     return storage == ZO_F32 ? 4 : 2;
@@ -70,13 +69,7 @@ void zo_inplace::values(const zo::inplace_tensor & t, const zo_branch & branch, 
     }
     const float * base = t.base.data() + first;
     for (int64_t i = 0; i < n; ++i) {
-        if (t.field.relative) {
-            live[i] = base[i] * std::max(1.0f + live[i], LEAST);
-        } else if (base[i] == 0) {
-            live[i] = base[i];
-        } else {
-            live[i] = base[i] > 0 ? std::max(live[i], LEAST_STEP) : std::min(live[i], -LEAST_STEP);
-        }
+        live[i] = zo::live_value(t.field.relative, base[i], live[i]);
     }
 }
 
@@ -103,6 +96,8 @@ void zo_inplace::find(ggml_tensor * tensor) {
             t.problem = "is mapped from the file and must not be written";
         } else if (where.find("REPACK") != std::string::npos || where.find("AMX") != std::string::npos) {
             t.problem = "was repacked for this CPU and cannot be edited in place";
+        } else if (!force_staged && devices != nullptr && (t.device = devices->of(tensor)) != nullptr) {
+            // Written where it lies.
         } else if (!host || force_staged) {
             t.copy.resize((size_t) t.n_bytes);
             ggml_backend_tensor_get(tensor, t.copy.data(), 0, t.copy.size());
@@ -161,6 +156,7 @@ zo_status zo_inplace_add(zo_inplace * inplace, const char * name, const zo_field
         }
         t.field.base = nullptr;
         inplace->theta.insert(inplace->theta.end(), theta, theta + f.n_values);
+        inplace->version += 1;
         inplace->tensors.push_back(std::move(t));
         return ZO_OK;
     });
@@ -183,6 +179,7 @@ zo_status zo_inplace_write(zo_inplace * inplace, const float * theta) {
         return fail(ZO_ARGUMENT, "zo_inplace_write got a null pointer");
     }
     std::copy(theta, theta + inplace->theta.size(), inplace->theta.begin());
+    inplace->version += 1;
     return ZO_OK;
 }
 
@@ -222,6 +219,9 @@ zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
             }
         }
         for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n) {
+            if (t.device != nullptr) {
+                return;
+            }
             float values[CHUNK];
             char  bytes[CHUNK * sizeof(float)];
             inplace->values(t, branch, first, n, values);
@@ -235,8 +235,15 @@ zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
             }
         });
         for (const zo::inplace_tensor & t : inplace->tensors) {
-            if (!t.copy.empty()) {
+            if (t.device != nullptr) {
+                t.device->write(*inplace, t, branch);
+            } else if (!t.copy.empty()) {
                 ggml_backend_tensor_set(t.live, t.copy.data(), 0, t.copy.size());
+            }
+        }
+        for (const zo::inplace_tensor & t : inplace->tensors) {
+            if (t.device != nullptr) {
+                t.device->finish();
             }
         }
         return ZO_OK;

@@ -7,9 +7,27 @@
 #include <vector>
 
 #include "ggml.h"
+#include "rng.h"
 #include "zo.h"
 
 namespace zo {
+
+// The live value of a master that has a base; `value` is the master, moved by a probe.
+ZO_HD float live_value(bool relative, float base, float value) {
+    constexpr float least      = 1.0f / 1024;  // a scale may shrink to this share of its base
+    constexpr float least_step = 1e-7f;        // QZO, arXiv 2505.13430
+    if (relative) {
+        const float share = 1.0f + value;
+        return base * (share < least ? least : share);
+    }
+    if (base == 0) {
+        return base;
+    }
+    return base > 0 ? (value < least_step ? least_step : value) : (value > -least_step ? -least_step : value);
+}
+
+struct gpu;
+class gpus;
 
 struct inplace_tensor {
     std::string        name;
@@ -19,7 +37,8 @@ struct inplace_tensor {
     int64_t            offset  = 0;  // of the first value in theta
     uint32_t           id      = 0;  // the noise's tensor number
     ggml_tensor *      live    = nullptr;
-    std::vector<char>  copy;  // of the live bytes, where those are not host memory
+    gpu *              device  = nullptr;  // that holds it and has kernels
+    std::vector<char>  copy;               // of the live bytes, where those are out of reach
     std::string        problem;
 };
 
@@ -31,6 +50,8 @@ struct zo_inplace {
     bool                            force_staged = false;
     std::vector<zo::inplace_tensor> tensors;
     std::vector<float>              theta;
+    uint64_t                        version = 1;        // of theta
+    zo::gpus *                      devices = nullptr;  // the hook's
     size_t                          n_found = 0;
 
     // Notes where a tensor lies, while some are not found yet.

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "error.h"
+#include "gpu.h"
 #include "parallel.h"
 
 namespace zo {
@@ -99,6 +100,7 @@ zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, i
         }
         zo::lowrank_factors & factors = weight.branches[(size_t) branch];
         factors.rank                  = rank;
+        factors.version += 1;
         factors.left.assign(left, left + rank * weight.n_rows);
         factors.right.assign(right, right + rank * weight.n_cols);
         return ZO_OK;
@@ -106,8 +108,8 @@ zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, i
 }
 
 zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t n_tokens,
-                           const float * x, int64_t x_stride, float * y, int64_t y_stride,
-                           int32_t n_threads) {
+                           const float * x, int64_t x_stride, float * y, int64_t y_stride, int32_t n_threads,
+                           int32_t device) {
     return guarded([&] {
         if (lowrank == nullptr || x == nullptr || y == nullptr || number < 0 ||
             (size_t) number >= lowrank->weights.size() || branch < 0 ||
@@ -122,8 +124,14 @@ zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t n
             const size_t nb = (size_t) stride * sizeof(float);
             return zo::columns{ (char *) data, std::max<int64_t>(n_tokens, 1), 1, nb, 0, 0 };
         };
-        zo::lowrank_apply(weight, weight.branches[(size_t) branch], as_columns(x, x_stride),
-                          as_columns(y, y_stride), 0, n_tokens, n_threads);
+        const zo::columns in = as_columns(x, x_stride), out = as_columns(y, y_stride);
+        if (device >= 0) {
+            return zo::apply_on(device, in, weight.n_cols, out, weight.n_rows,
+                                [&](zo::gpu & gpu, auto... xy) {
+                                    gpu.add_lowrank(weight, xy..., { { 0, n_tokens, branch } });
+                                });
+        }
+        zo::lowrank_apply(weight, weight.branches[(size_t) branch], in, out, 0, n_tokens, n_threads);
         return ZO_OK;
     });
 }

@@ -13,7 +13,8 @@
 namespace zo {
 
 struct lowrank_factors {
-    int64_t            rank = 0;
+    int64_t            rank    = 0;
+    uint64_t           version = 0;  // one more whenever they are set
     std::vector<float> left, right;  // [rank][n_rows], [rank][n_cols]
 };
 

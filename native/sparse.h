@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "rng.h"
 #include "store.h"
 
 namespace zo {
@@ -16,7 +17,7 @@ struct columns {
     int64_t ne1 = 1, ne2 = 1;
     size_t  nb1 = 0, nb2 = 0, nb3 = 0;
 
-    float * at(int64_t t) const {
+    ZO_HD float * at(int64_t t) const {
         const int64_t t1 = t % ne1, rest = t / ne1;
         return (float *) (data + t1 * (int64_t) nb1 + (rest % ne2) * (int64_t) nb2 +
                           (rest / ne2) * (int64_t) nb3);

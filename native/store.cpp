@@ -263,6 +263,7 @@ zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int6
         }
         store->keep_noise({});
         store->theta.insert(store->theta.end(), theta, theta + nnz);
+        store->version += 1;
         store->append(std::move(w));
         return ZO_OK;
     });
@@ -285,6 +286,7 @@ zo_status zo_store_write(zo_store * store, const float * theta) {
         return fail(ZO_ARGUMENT, "zo_store_write got a null pointer");
     }
     std::memcpy(store->theta.data(), theta, store->theta.size() * sizeof(float));
+    store->version += 1;
     return ZO_OK;
 }
 

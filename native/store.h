@@ -50,6 +50,7 @@ struct zo_store : zo::named_weights<zo::sparse_weight> {
     zo_distribution    distribution = ZO_NORMAL;
     int                n_threads    = 1;
     std::vector<float> theta;
+    uint64_t           version = 1;  // of theta
 
     // z(seed) of all entries. Kept until other seeds are wanted, because the two branches of a
     // symmetric probe and the commit that follows ask for the same one.

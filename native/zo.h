@@ -74,6 +74,11 @@ typedef struct zo_batch {
 // Version of llama-cpp-python whose headers this library was compiled with.
 ZO_API const char * zo_engine_version(void);
 
+// Whose device memory the kernels here work in: "CUDA", "ROCm", or "" if they run on the CPU alone; and on
+// how many devices of this machine.
+ZO_API const char * zo_gpu_kernels(void);
+ZO_API int32_t      zo_gpu_count(void);
+
 // Builds a small graph with the loaded engine and reads it back through the structs this library was
 // compiled with. Anything but ZO_OK means that installing a hook would read garbage.
 ZO_API zo_status zo_check_engine(void);
@@ -173,22 +178,31 @@ ZO_API bool zo_tensors_eval(struct ggml_tensor * node, bool ask, void * tensors)
 ZO_API zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data,
                                 int64_t n_bytes);
 
+// ---- logits that stay where they are ----------------------------------------------------------------
+
+// backend_init and backend_apply of a llama_sampler_i (llama.h) that has nothing copied to the host.
+ZO_API bool zo_discard_init(void * sampler, void * buffer_type, uint32_t n_outputs);
+ZO_API void zo_discard_apply(void * sampler, void * context, void * graph, void * data);
+
 // ---- kernels by themselves, on host arrays ----------------------------------------------------------
+//
+// `device` is -1 for the CPU or a GPU's number; a GPU works on copies.
 
 // y += S * x with S the entries of one weight under a branch. x: [n_tokens][n_cols] with x_stride floats
 // between tokens, y: [n_tokens][n_rows] with y_stride.
 ZO_API zo_status zo_store_apply(zo_store * store, const char * name, zo_branch branch, int64_t n_tokens,
-                                const float * x, int64_t x_stride, float * y, int64_t y_stride);
+                                const float * x, int64_t x_stride, float * y, int64_t y_stride,
+                                int32_t device);
 
 // y += left * (right * x) of the number-th weight in a branch.
 ZO_API zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t number,
                                   int64_t n_tokens, const float * x, int64_t x_stride, float * y,
-                                  int64_t y_stride, int32_t n_threads);
+                                  int64_t y_stride, int32_t n_threads, int32_t device);
 
 // nll[n_targets] from logits [n_outputs][n_vocab] with `stride` floats between outputs.
 ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
                            const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
-                           double * nll);
+                           int32_t device, double * nll);
 
 // ---- hook -------------------------------------------------------------------------------------------
 

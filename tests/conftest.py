@@ -10,12 +10,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import make_task
 import pytest
+
+from tests import stand_in_gpu
+from zo_gguf import native
+from zo_gguf.llama import native_library
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "zo_gguf"
@@ -42,6 +47,26 @@ class TinyExport:
 def tiny_llama_dir() -> Path:
     """The Hugging Face folder of tiny-llama."""
     return TINY_LLAMA
+
+
+@pytest.fixture(params=["cpu", "stand-in", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Number of the device that kernels run on: the CPU, a GPU's stand-in there, a GPU."""
+    if request.param == "stand-in":
+        library = stand_in_gpu.build(CACHE)
+        monkeypatch.setattr(native, "_find_library", lambda: library)
+        native.load.cache_clear()
+    elif request.param == "cuda":
+        need_gpu()
+    yield native.ON_CPU if request.param == "cpu" else 0
+    if request.param == "stand-in":
+        native.load.cache_clear()
+
+
+def need_gpu() -> None:
+    """Skip a test, aloud, where libzo can use no GPU."""
+    if native_library().functions.zo_gpu_count() == 0:
+        pytest.skip("needs a CUDA device: python3 tools/dev.py gpu runs it on a machine with one")
 
 
 @pytest.fixture(scope="session")

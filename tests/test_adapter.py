@@ -132,19 +132,19 @@ def test_what_no_adapter_holds_is_refused(method: str, tmp_path: Path) -> None:
     delta = start(given, gguf)
     with pytest.raises(ZoError, match="no LoRA can carry; use --path hook"):
         Engine(given.model, mask=delta, n_threads=1, path="adapter")
-    assert choose_path("auto", gguf, delta, offloads=True) == "hook"
+    assert choose_path("auto", gguf, delta, staged=True) == "hook"
 
 
 def test_choice_of_the_path(tmp_path: Path) -> None:
     given = config(tmp_path, "sensitive")
     gguf = GgufFile(given.model)
     delta = start(given, gguf)
-    assert choose_path("auto", gguf, delta, offloads=True) == "adapter"
-    assert choose_path("auto", gguf, delta, offloads=False) == "hook"
-    assert choose_path("auto", gguf, None, offloads=True) == "hook"
-    assert choose_path("adapter", gguf, delta, offloads=False) == "adapter"
+    assert choose_path("auto", gguf, delta, staged=True) == "adapter"
+    assert choose_path("auto", gguf, delta, staged=False) == "hook"
+    assert choose_path("auto", gguf, None, staged=True) == "hook"
+    assert choose_path("adapter", gguf, delta, staged=False) == "adapter"
     with pytest.raises(ZoError, match="'auto', 'hook' or 'adapter'"):
-        choose_path("wire", gguf, delta, offloads=False)
+        choose_path("wire", gguf, delta, staged=False)
 
 
 def test_one_probe_and_no_signs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from zo_gguf import native
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import Store
 from zo_gguf.llama import native_library
-from zo_gguf.native import Branch, pointer
+from zo_gguf.native import ON_CPU, Branch, pointer
 
 HEADER = Path(__file__).resolve().parent.parent / "native" / "zo.h"
 C_NAMES = {
@@ -90,37 +90,37 @@ def test_noise_is_standard_normal_and_uncorrelated() -> None:
         assert abs((z * other).mean()) < 5 / np.sqrt(n)
 
 
-@pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize("n_tokens", [1, 2, 15, 16, 17, 70])
 @pytest.mark.parametrize(
     ("n_rows", "n_cols", "density"),
     [(1, 1, 1.0), (7, 33, 1.0), (64, 300, 0.001), (300, 64, 0.05), (129, 257, 0.4)],
 )
 def test_overlay_against_float64(
-    n_rows: int, n_cols: int, density: float, n_tokens: int, n_threads: int
+    n_rows: int, n_cols: int, density: float, n_tokens: int, device: int
 ) -> None:
     rng = np.random.default_rng(0)
     nnz = max(1, int(n_rows * n_cols * density))
     indices = np.sort(rng.choice(n_rows * n_cols, nnz, replace=False)).astype(np.int64)
     theta = rng.standard_normal(nnz).astype(np.float32)
-    library = native_library()
-    store = Store(library, n_threads)
-    store.add("first", (2, 2), np.array([1, 2]), np.zeros(2, np.float32))
-    store.add("w", (n_rows, n_cols), indices, theta)
     # Rows wider than the matrix stand for strided tensors; the gap must stay untouched.
     x = rng.standard_normal((n_tokens, n_cols + 3)).astype(np.float32)
-    y = rng.standard_normal((n_tokens, n_rows + 5)).astype(np.float32)
-    dense = np.zeros((n_rows, n_cols))
-    dense.flat[indices] = theta.astype(np.float64) + 0.25 * store.noise(77)[2:].astype(np.float64)
-    expected = y.astype(np.float64)
-    expected[:, :n_rows] += x[:, :n_cols].astype(np.float64) @ dense.T
-    library.call(
-        "zo_store_apply", store.handle, b"w", Branch(77, 0, 0.25), n_tokens,
-        pointer(x, c_float), x.shape[1], pointer(y, c_float), y.shape[1],
-    )  # fmt: skip
-    store.free()
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.sqrt(n_cols))
-    assert np.array_equal(y[:, n_rows:], expected[:, n_rows:].astype(np.float32))
+    start = rng.standard_normal((n_tokens, n_rows + 5)).astype(np.float32)
+    for n_threads in (1, 2, 3) if device == ON_CPU else (1,):
+        store = Store(native_library(), n_threads)
+        store.add("first", (2, 2), np.array([1, 2]), np.zeros(2, np.float32))
+        store.add("w", (n_rows, n_cols), indices, theta)
+        z = store.noise(77)[2:].astype(np.float64)
+        y = start.copy()
+        native_library().call(
+            "zo_store_apply", store.handle, b"w", Branch(77, 0, 0.25), n_tokens,
+            pointer(x, c_float), x.shape[1], pointer(y, c_float), y.shape[1], device,
+        )  # fmt: skip
+        store.free()
+        dense = np.zeros((n_rows, n_cols))
+        dense.flat[indices] = theta.astype(np.float64) + 0.25 * z
+        expected = start[:, :n_rows] + x[:, :n_cols].astype(np.float64) @ dense.T
+        np.testing.assert_allclose(y[:, :n_rows], expected, rtol=0, atol=1e-5 * np.sqrt(n_cols))
+        np.testing.assert_array_equal(y[:, n_rows:], start[:, n_rows:])
 
 
 def test_overlay_bits_do_not_depend_on_threads() -> None:
@@ -134,7 +134,7 @@ def test_overlay_bits_do_not_depend_on_threads() -> None:
         y = np.zeros((75, 100), np.float32)
         native_library().call(
             "zo_store_apply", store.handle, b"w", Branch(1, 0, 1.0), 75,
-            pointer(x, c_float), 200, pointer(y, c_float), 100,
+            pointer(x, c_float), 200, pointer(y, c_float), 100, ON_CPU,
         )  # fmt: skip
         results.append((y.tobytes(), store.noise(5).tobytes()))
         store.free()
@@ -143,7 +143,7 @@ def test_overlay_bits_do_not_depend_on_threads() -> None:
 
 @pytest.mark.parametrize("n_vocab", [1, 5, 16, 1000, 1025, 32_003])
 @pytest.mark.parametrize("spread", [0.1, 30.0])
-def test_losses_against_float64(n_vocab: int, spread: float) -> None:
+def test_losses_against_float64(n_vocab: int, spread: float, device: int) -> None:
     rng = np.random.default_rng(0)
     logits = (spread * rng.standard_normal((6, n_vocab + 2))).astype(np.float32)
     outputs = np.array([0, 0, 2, 3, 3, 3, 5], np.int32)
@@ -152,21 +152,22 @@ def test_losses_against_float64(n_vocab: int, spread: float) -> None:
     top = used.max(axis=1)
     log_sum = top + np.log(np.exp(used - top[:, None]).sum(axis=1))
     expected = log_sum - used[np.arange(outputs.size), tokens]
-    for n_threads in (1, 3):
+    for n_threads in (1, 3) if device == ON_CPU else (1,):
         nll = np.empty(outputs.size)
         native_library().call(
             "zo_losses", pointer(logits, c_float), n_vocab, n_vocab + 2, outputs.size,
-            pointer(outputs, c_int32), pointer(tokens, c_int32), n_threads, pointer(nll, c_double),
+            pointer(outputs, c_int32), pointer(tokens, c_int32), n_threads, device,
+            pointer(nll, c_double),
         )  # fmt: skip
         np.testing.assert_allclose(nll, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_losses_pass_nan_on() -> None:
+def test_losses_pass_nan_on(device: int) -> None:
     logits = np.array([[0.0, np.nan, 1.0]], np.float32)
     zero, nll = np.zeros(1, np.int32), np.empty(1)
     native_library().call(
         "zo_losses", pointer(logits, c_float), 3, 3, 1, pointer(zero, c_int32),
-        pointer(zero, c_int32), 1, pointer(nll, c_double),
+        pointer(zero, c_int32), 1, device, pointer(nll, c_double),
     )  # fmt: skip
     assert np.isnan(nll[0])
 

@@ -179,7 +179,7 @@ class TestReadme:
 
     def test_tree_names_every_file_and_no_other(self) -> None:
         tree = self.text.split("## What lies where")[1].split("```")[1]
-        listed = set(re.findall(r"[\w.]+\.(?:py|cpp|h)\b", tree)) - {"llama.cpp"}
+        listed = set(re.findall(r"[\w.]+\.(?:py|cpp|cu|h)\b", tree)) - {"llama.cpp"}
         folders = (("zo_gguf", "**/*.py"), ("native", "*.*"), ("tools", "*.py"))
         there = {file.name for folder, names in folders for file in (ROOT / folder).glob(names)}
         assert listed == there - {"__init__.py"}

@@ -39,21 +39,21 @@ def check_adapter(gguf: GgufFile, delta: Delta) -> None:
         raise ZoError(f"{str(error).split(';')[0]}; use --path hook.") from error
 
 
-def choose_path(path: str, gguf: GgufFile, delta: Delta | None, offloads: bool) -> EnginePath:
+def choose_path(path: str, gguf: GgufFile, delta: Delta | None, staged: bool) -> EnginePath:
     """ "hook" or "adapter": what was asked for, or what is faster.
 
     Args:
         path: Also "auto".
         gguf: The base.
         delta: What is trained, if anything.
-        offloads: Whether layers live on a device.
+        staged: Whether the hook would have to copy activations to the host and back.
 
     Raises:
         ZoError: There is no such path, or an adapter is asked for and cannot hold the parameters.
     """
     if path not in ("auto", "hook", "adapter"):
         raise ZoError(f"path is {path!r}; use 'auto', 'hook' or 'adapter'.")
-    if delta is None or path == "hook" or (path == "auto" and not offloads):
+    if delta is None or path == "hook" or (path == "auto" and not staged):
         return "hook"
     try:
         check_adapter(gguf, delta)

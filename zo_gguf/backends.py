@@ -6,6 +6,8 @@ from typing import Any
 
 import llama_cpp  # noqa: TID251 - only asked what it was built with
 
+from zo_gguf.native import Library
+
 _KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "several devices")  # ggml_backend_dev_type
 
 
@@ -37,6 +39,14 @@ def list_devices() -> list[Device]:
     count = _function("ggml_backend_dev_count", ctypes.c_size_t)
     get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
     return [_describe(get(i)) for i in range(count())]
+
+
+def kernels_run(library: Library) -> bool:
+    """Whether libzo has kernels for every GPU that llama.cpp would put layers on."""
+    prefix = library.functions.zo_gpu_kernels().decode()
+    gpus = [device.name for device in list_devices() if device.is_gpu]
+    ours = prefix != "" and gpus != [] and all(name.startswith(prefix) for name in gpus)
+    return ours and library.functions.zo_gpu_count() > 0  # only now: it starts the driver
 
 
 def supports_offload() -> bool:

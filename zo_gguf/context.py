@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.batch import DecodeBatch
+from zo_gguf.discard import Discard, worth_discarding
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import Hook, Tensors
 from zo_gguf.llama import engine_batch, quiet_engine, use_adapter
-from zo_gguf.native import Library, pointer
+from zo_gguf.native import ON_CPU, Library, pointer
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
@@ -26,6 +27,8 @@ class Context:
         watcher: Its callback sees every node; it must outlive the context. None: nothing does.
         adapter: llama.cpp's handle of a LoRA adapter, or None.
         n_threads: CPU threads.
+        discards: libzo, if logits need not be copied to the host: the watcher makes the losses.
+        edits: Whether tensors are rewritten between decodes, so that no copies of them may be used.
         ctx_tokens: KV cells where sequences lie side by side.
         padded: Sequences have caches of their own, all of one length, instead.
     """
@@ -39,9 +42,13 @@ class Context:
         n_threads: int,
         ctx_tokens: int,
         padded: bool,
+        discards: Library | None = None,
+        edits: bool = False,
     ) -> None:
         self._model, self._watcher, self._adapter = model, watcher, adapter
         self._n_threads, self._ctx_tokens, self._padded = n_threads, ctx_tokens, padded
+        self._discards, self._edits = discards, edits
+        self._samplers: Discard | None = None
         self._context: Any = None
         self._limits = (0, 0, 0)  # KV cells, sequences, outputs
         self._settled = True
@@ -85,6 +92,12 @@ class Context:
             callback = self._watcher.callback
             params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(callback)
             params.cb_eval_user_data = self._watcher.handle
+        # Without: products with weights in RAM move to a GPU, and read copies of the weights there.
+        params.op_offload = params.op_offload and not self._edits
+        if self._discards and worth_discarding(params.n_outputs_max * self._n_vocab):
+            self._samplers = Discard(self._discards, n_sequences)
+            params.samplers, params.n_samplers = self._samplers.configs, n_sequences
+            params.n_outputs_max_per_seq = params.n_outputs_max
         with quiet_engine() as messages:
             context = llama_cpp.llama_init_from_model(self._model, params)
         if not context:
@@ -111,8 +124,7 @@ class Context:
 
     def losses(self, batch: DecodeBatch, library: Library) -> NDArray[np.float64]:
         """Negative log-likelihood of each target of the last decode, from its logits."""
-        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
-        n_vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        n_vocab = self._n_vocab
         nll = np.empty(batch.target_token.size, np.float64)
         library.call(
             "zo_losses",
@@ -123,13 +135,21 @@ class Context:
             pointer(batch.target_output, c_int32),
             pointer(batch.target_token, c_int32),
             self._n_threads,
+            ON_CPU,
             pointer(nll, c_double),
         )
         return nll
+
+    @property
+    def _n_vocab(self) -> int:
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        return int(llama_cpp.llama_vocab_n_tokens(vocabulary))
 
     def free(self) -> None:
         """Release llama.cpp's context."""
         if self._context:
             with quiet_engine():
                 llama_cpp.llama_free(self._context)
-        self._context = None
+        if self._samplers:
+            self._samplers.free()
+        self._context = self._samplers = None

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.adapter import AdapterParameters, EnginePath, choose_path
+from zo_gguf.backends import kernels_run
 from zo_gguf.batch import (
     DecodeBatch,
     TokenSequence,
@@ -61,8 +62,8 @@ class Engine(Vocabulary):
         force_staged: Take the path for device buffers even where tensors are in host memory.
         distribution: What z is drawn from, NORMAL or RADEMACHER.
         path: Where the parameters act: "hook" (libzo beside the products), "adapter" (the tensors
-            of a LoRA adapter), or "auto", the adapter where layers are offloaded and it can hold
-            them.
+            of a LoRA adapter), or "auto": the adapter if layers are on a device that libzo has no
+            kernels for and it can hold them.
 
     Raises:
         ZoError: The file cannot be loaded, or the mask was made for another one.
@@ -101,8 +102,9 @@ class Engine(Vocabulary):
         repack = "scale" not in live
         super().__init__(load_model(self.gguf.path, n_gpu_layers, bool(live), repack))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        offloads = n_gpu_layers != 0 and self.supports_gpu
-        self.path: EnginePath = choose_path(path, self.gguf, self.mask, offloads)
+        self._offloads = n_gpu_layers != 0 and self.supports_gpu
+        staged = self._offloads and not kernels_run(self._library)
+        self.path: EnginePath = choose_path(path, self.gguf, self.mask, staged)
         if self.mask is None:
             self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
         else:
@@ -134,6 +136,8 @@ class Engine(Vocabulary):
             n_threads=self.n_threads,
             ctx_tokens=self.ctx_tokens,
             padded=self._padded,
+            discards=self._library if self._hook and self._offloads else None,
+            edits=adapter is not None or bool(self.mask and self.mask.live),
         )
 
     # ---- trainable parameters --------------------------------------------------------------------

@@ -61,10 +61,11 @@ class _Masters(_Handle):
         return result
 
 
-def _address(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
+def address(function: Any) -> int:
+    """Where a native function lies."""
+    value = ctypes.cast(function, ctypes.c_void_p).value
+    assert value is not None
+    return value
 
 
 def _floats(values: Vector) -> Any:
@@ -166,7 +167,7 @@ class Tensors(_Handle):
     @property
     def callback(self) -> int:
         """Address of the callback that finds the tensors; `handle` is its user data."""
-        return _address(self._library.functions.zo_tensors_eval)
+        return address(self._library.functions.zo_tensors_eval)
 
     def set(self, number: int, values: Vector) -> None:
         """Rewrite the number-th tensor.
@@ -203,7 +204,7 @@ class Hook(_Handle):
     @property
     def callback(self) -> int:
         """Address of zo_hook_eval."""
-        return _address(self._library.functions.zo_hook_eval)
+        return address(self._library.functions.zo_hook_eval)
 
     def begin(
         self,

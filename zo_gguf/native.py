@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 import zo_gguf
 from zo_gguf.errors import ZoError
 
+ON_CPU = -1  # the device of a kernel called by itself
 Handle = ctypes.c_void_p
 FLOATS = POINTER(c_float)
 INTS = POINTER(c_int32)
@@ -71,6 +72,8 @@ class Batch(ctypes.Structure):
 # name -> (result type, argument types); a test compares this table with the prototypes in zo.h.
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_engine_version": (c_char_p, ()),
+    "zo_gpu_kernels": (c_char_p, ()),
+    "zo_gpu_count": (c_int32, ()),
     "zo_check_engine": (c_int32, ()),
     "zo_last_error": (c_char_p, ()),
     "zo_noise": (c_int32, (c_int32, c_uint64, c_uint32, c_int64, c_int64, FLOATS)),
@@ -86,7 +89,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_store_noise": (c_int32, (Handle, c_uint64, c_uint64, FLOATS)),
     "zo_store_apply": (
         c_int32,
-        (Handle, c_char_p, Branch, c_int64, FLOATS, c_int64, FLOATS, c_int64),
+        (Handle, c_char_p, Branch, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32),
     ),
     "zo_inplace_init": (c_int32, (POINTER(Handle), c_int32, c_int32)),
     "zo_inplace_free": (None, (Handle,)),
@@ -103,7 +106,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_lowrank_set": (c_int32, (Handle, c_int32, c_int32, c_int64, FLOATS, FLOATS)),
     "zo_lowrank_apply": (
         c_int32,
-        (Handle, c_int32, c_int32, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32),
+        (Handle, c_int32, c_int32, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32, c_int32),
     ),
     "zo_gain_init": (c_int32, (POINTER(Handle),)),
     "zo_gain_free": (None, (Handle,)),
@@ -114,9 +117,11 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_tensors_add": (c_int32, (Handle, c_char_p, c_int64)),
     "zo_tensors_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
     "zo_tensors_set": (c_int32, (Handle, c_int32, ctypes.c_void_p, c_int64)),
+    "zo_discard_init": (c_bool, (ctypes.c_void_p, ctypes.c_void_p, c_uint32)),
+    "zo_discard_apply": (None, (ctypes.c_void_p,) * 4),
     "zo_losses": (
         c_int32,
-        (FLOATS, c_int64, c_int64, c_int32, INTS, INTS, c_int32, POINTER(c_double)),
+        (FLOATS, c_int64, c_int64, c_int32, INTS, INTS, c_int32, c_int32, POINTER(c_double)),
     ),
     "zo_hook_init": (c_int32, (POINTER(Handle), Handle, Handle, Handle, Handle, c_int32, c_bool)),
     "zo_hook_free": (None, (Handle,)),

@@ -1,0 +1,268 @@
+// One CUDA or HIP device: its stream, and what the kernels need in its memory.
+
+#include "gpu.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+
+#include "kernels.h"
+
+namespace zo {
+
+// A block's inputs; more leaves too few blocks side by side.
+static constexpr size_t MOST_SHARED = 64 << 10;
+// Values of one weight in all branches; beyond, branches are done in turns.
+#ifndef ZO_GPU_MOST_VALUES
+#define ZO_GPU_MOST_VALUES (8 << 20)
+#endif
+
+static int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "asking for its properties");
+    return value;
+}
+
+namespace {
+
+// Ranges that were cut into tiles before; a batch uses the same few for all its weights.
+class tile_tables {
+public:
+    struct table {
+        const column_tile * tiles;
+        int64_t             n;
+    };
+
+    table of(const std::vector<column_range> & ranges, int64_t n_together, cudaStream_t stream) {
+        std::vector<column_tile> tiles = tiles_of(ranges, n_together);
+        mirror<column_tile> &    kept  = tables_[{ n_together, ranges.back().end }];
+        return { kept.follow(tiles, stream), (int64_t) tiles.size() };
+    }
+
+private:
+    std::map<std::pair<int64_t, int64_t>, mirror<column_tile>> tables_;
+};
+
+struct branch_factors {
+    device_array<float> left, right;
+    int64_t             rank    = 0;
+    uint64_t            version = 0;
+};
+
+struct lowrank_copy {
+    std::vector<branch_factors> branches;
+    mirror<factors_on_gpu>      table;
+};
+
+struct inplace_copy {
+    device_array<float> theta, base;
+    uint64_t            version = 0;
+};
+
+class cuda_gpu final : public gpu {
+public:
+    explicit cuda_gpu(int device) : device_(device) {
+        use();
+        check(cudaStreamCreateWithFlags(&queue_.stream, cudaStreamNonBlocking), "making a stream");
+        queue_.n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+        const int shared         = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        queue_.shared_bytes      = std::min<size_t>((size_t) shared, MOST_SHARED);
+    }
+    ~cuda_gpu() override {
+        if (cudaSetDevice(device_) == cudaSuccess) {
+            cudaStreamDestroy(queue_.stream);
+        }
+    }
+
+    void prepare(const zo_store & store, const sparse_weight & weight,
+                 const std::vector<zo_branch> & branches) override {
+        use();
+        fill(store, weight, branches, 0);
+    }
+
+    void add_sparse(const zo_store & store, const sparse_weight & weight,
+                    const std::vector<zo_branch> & branches, const columns & x, const columns & y,
+                    const std::vector<column_range> & ranges) override {
+        use();
+        const sparse_on_gpu &    entries = sparse(weight);
+        const tile_tables::table tiles   = tiles_.of(ranges, entries.n_together, queue_.stream);
+        for (size_t first = 0; first < branches.size(); first += at_once(weight, branches)) {
+            if (filled_.weight != &weight || filled_.first != first) {
+                fill(store, weight, branches, first);
+            }
+            entries.apply(queue_, values_.data(), (int32_t) first, (int32_t) filled_.n, tiles.tiles, tiles.n,
+                          x, y);
+        }
+        filled_ = {};
+    }
+
+    void add_lowrank(const lowrank_weight & weight, const columns & x, const columns & y,
+                     const std::vector<column_range> & ranges) override {
+        use();
+        lowrank_copy & copy = lowrank_[weight.id];
+        copy.branches.resize(std::max(copy.branches.size(), weight.branches.size()));
+        std::vector<factors_on_gpu> factors(weight.branches.size());
+        for (size_t b = 0; b < factors.size(); ++b) {
+            const lowrank_factors & now  = weight.branches[b];
+            branch_factors &        kept = copy.branches[b];
+            if (kept.version != now.version) {
+                kept.left.upload(now.left.data(), now.left.size(), queue_.stream);
+                kept.right.upload(now.right.data(), now.right.size(), queue_.stream);
+                kept.rank    = now.rank;
+                kept.version = now.version;
+            }
+            factors[b] = { kept.left.data(), kept.right.data(), kept.rank };
+        }
+        const tile_tables::table tiles = tiles_.of(ranges, LOWRANK_TOGETHER, queue_.stream);
+        lowrank_on_gpu(queue_, copy.table.follow(factors, queue_.stream), weight.n_rows, weight.n_cols,
+                       tiles.tiles, tiles.n, x, y);
+    }
+
+    void multiply(const gain_weight & weight, const columns & y,
+                  const std::vector<column_range> & ranges) override {
+        use();
+        std::vector<float> factors;
+        for (const std::vector<float> & branch : weight.branches) {
+            factors.insert(factors.end(), branch.begin(), branch.end());
+        }
+        const tile_tables::table tiles = tiles_.of(ranges, 1, queue_.stream);
+        gain_on_gpu(queue_, gains_[weight.id].follow(factors, queue_.stream), weight.n, tiles.tiles, tiles.n,
+                    y);
+    }
+
+    void losses(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
+                double * nll) override {
+        use();
+        std::vector<int32_t> output, first;
+        for (size_t i = 0; i < wanted.output.size(); ++i) {
+            if (i == 0 || wanted.output[i] != wanted.output[i - 1]) {
+                output.push_back(wanted.output[i]);
+                first.push_back((int32_t) i);
+            }
+        }
+        first.push_back((int32_t) wanted.output.size());
+        nll_.reserve(wanted.output.size());
+        losses_on_gpu(queue_, logits, n_vocab, stride, output_.follow(output, queue_.stream),
+                      first_.follow(first, queue_.stream), (int64_t) output.size(),
+                      token_.follow(wanted.token, queue_.stream), nll_.data());
+        check(cudaMemcpyAsync(nll, nll_.data(), wanted.output.size() * sizeof(double), cudaMemcpyDeviceToHost,
+                              queue_.stream),
+              "reading losses");
+        finish();
+    }
+
+    void write(const zo_inplace & inplace, const inplace_tensor & tensor, const zo_branch & branch) override {
+        use();
+        inplace_copy & copy = inplace_[tensor.id];
+        const size_t   n    = (size_t) tensor.field.n_values;
+        if (copy.version != inplace.version) {
+            copy.theta.upload(inplace.theta.data() + tensor.offset, n, queue_.stream);
+            copy.version = inplace.version;
+        }
+        if (copy.base.size() < tensor.base.size()) {
+            copy.base.upload(tensor.base.data(), n, queue_.stream);
+        }
+        const live_values values{ tensor.field, copy.theta.data(), copy.base.data(), tensor.id };
+        write_on_gpu(queue_, inplace.distribution, values, branch, (char *) tensor.live->data);
+    }
+
+    char * lend(const void * host, size_t n_bytes) override {
+        use();
+        lent_.emplace_back();
+        lent_.back().upload((const char *) host, n_bytes, queue_.stream);
+        return lent_.back().data();
+    }
+
+    void fetch(void * host, const char * on_device, size_t n_bytes) override {
+        use();
+        check(cudaMemcpyAsync(host, on_device, n_bytes, cudaMemcpyDeviceToHost, queue_.stream), "a copy");
+        finish();
+    }
+
+    void finish() override { check(cudaStreamSynchronize(queue_.stream), "a kernel"); }
+
+private:
+    void use() const { check(cudaSetDevice(device_), "choosing it"); }
+
+    sparse_on_gpu & sparse(const sparse_weight & weight) {
+        std::unique_ptr<sparse_on_gpu> & copy = sparse_[weight.id];
+        if (copy == nullptr) {
+            copy = std::make_unique<sparse_on_gpu>(weight, queue_);
+        }
+        return *copy;
+    }
+
+    static size_t at_once(const sparse_weight & weight, const std::vector<zo_branch> & branches) {
+        const size_t most = ZO_GPU_MOST_VALUES / (size_t) weight.nnz();
+        return std::max<size_t>(1, std::min(most, branches.size()));
+    }
+
+    // Values of the branches from `first` on.
+    void fill(const zo_store & store, const sparse_weight & weight, const std::vector<zo_branch> & branches,
+              size_t first) {
+        if (theta_version_ != store.version) {
+            theta_.upload(store.theta.data(), store.theta.size(), queue_.stream);
+            theta_version_ = store.version;
+        }
+        sparse_on_gpu & entries = sparse(weight);
+        if (std::any_of(branches.begin(), branches.end(), [](const zo_branch & b) { return b.signs != 0; })) {
+            entries.locate_entries(weight, queue_);
+        }
+        const size_t n = std::min(at_once(weight, branches), branches.size() - first);
+        values_.reserve(n * (size_t) weight.nnz());
+        entries.fill(queue_, store.distribution, theta_.data() + weight.offset,
+                     branches_.follow(branches, queue_.stream) + first, (int32_t) n, values_.data());
+        filled_ = { &weight, first, n };
+    }
+
+    const int   device_;
+    gpu_queue   queue_;
+    tile_tables tiles_;
+
+    // Which values lie in values_.
+    struct {
+        const sparse_weight * weight = nullptr;
+        size_t                first = 0, n = 0;
+    } filled_;
+
+    device_array<float> theta_, values_;
+    uint64_t            theta_version_ = 0;
+    mirror<zo_branch>   branches_;
+
+    // By the weights' ids.
+    std::map<uint32_t, std::unique_ptr<sparse_on_gpu>> sparse_;
+    std::map<uint32_t, lowrank_copy>                   lowrank_;
+    std::map<uint32_t, mirror<float>>                  gains_;
+    std::map<uint32_t, inplace_copy>                   inplace_;
+
+    std::vector<device_array<char>> lent_;
+
+    mirror<int32_t>      output_, first_, token_;
+    device_array<double> nll_;
+};
+
+}  // namespace
+
+int gpu_holding(const void * data) {
+    cudaPointerAttributes attributes{};
+    if (cudaPointerGetAttributes(&attributes, data) != cudaSuccess) {
+        cudaGetLastError();  // not ours to report
+        return -1;
+    }
+    return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
+}
+
+int count_gpus() {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess) {  // no driver, or none that fits
+        cudaGetLastError();
+        return 0;
+    }
+    return n;
+}
+
+std::unique_ptr<gpu> make_gpu(int device) {
+    return std::make_unique<cuda_gpu>(device);
+}
+
+}  // namespace zo

@@ -1,0 +1,111 @@
+// The low-rank overlay on a GPU: a block takes a tile of tokens, computes right * x for some ranks at a
+// time, and adds left times that to all rows.
+
+#include "kernels.h"
+
+namespace zo {
+
+static constexpr int THREADS = 256;
+static constexpr int WARPS   = THREADS / LANES;
+static constexpr int RANKS   = 8;  // at a time: the sums of a thread stay in registers
+static constexpr int TOKENS  = LOWRANK_TOGETHER;
+
+// Adds up N sums of every lane over all lanes: they swap halves, so that each ends with the totals from
+// `line` on. That takes a fifth of the exchanges of adding up one sum after the other.
+template <int N>
+static __device__ inline void fold(float * sum, int lane, int & line) {
+    constexpr int HALF = N / 2, MASK = HALF * LANES / (RANKS * TOKENS);
+    if constexpr (MASK > 0) {
+        const bool upper = (lane & MASK) != 0;
+        line += upper ? HALF : 0;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const float given = lane_xor(upper ? sum[i] : sum[i + HALF], MASK);
+            sum[i]            = (upper ? sum[i + HALF] : sum[i]) + given;
+        }
+        fold<HALF>(sum, lane, line);
+    }
+}
+
+// inner[rank][token] for up to RANKS lines of `right`, in shared memory.
+static __device__ void multiply_right(const float * right, int n_ranks, int64_t n_cols,
+                                      const float * const * in, float (*partial)[RANKS * TOKENS],
+                                      float *               inner) {
+    const int thread              = (int) threadIdx.x;
+    float     sum[RANKS * TOKENS] = {};
+    for (int64_t c = thread; c < n_cols; c += THREADS) {
+        float x[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            x[t] = in[t][c];
+        }
+#pragma unroll
+        for (int r = 0; r < RANKS; ++r) {
+            const float factor = r < n_ranks ? right[r * n_cols + c] : 0.0f;
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                sum[r * TOKENS + t] = fmaf(factor, x[t], sum[r * TOKENS + t]);
+            }
+        }
+    }
+    int line = 0;
+    fold<RANKS * TOKENS>(sum, thread, line);
+#pragma unroll
+    for (int i = 0; i < RANKS * TOKENS / LANES; ++i) {
+        partial[thread / LANES][line + i] = sum[i];
+    }
+    __syncthreads();
+    if (thread < RANKS * TOKENS) {
+        float total = 0;
+        for (int warp = 0; warp < WARPS; ++warp) {
+            total += partial[warp][thread];
+        }
+        inner[thread] = total;
+    }
+    __syncthreads();
+}
+
+static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_rows, int64_t n_cols,
+                                      const column_tile * tiles, columns x, columns y) {
+    __shared__ const float * in[TOKENS];
+    __shared__ float *       out[TOKENS];
+    __shared__ float         partial[WARPS][RANKS * TOKENS];
+    __shared__ float         inner[RANKS * TOKENS];
+
+    const column_tile    tile   = tiles[blockIdx.x];
+    const factors_on_gpu factor = factors[tile.branch];
+    const int            thread = (int) threadIdx.x;
+    if (thread < TOKENS) {
+        const int64_t token = tile.first + (thread < tile.n ? thread : 0);  // the rest is dropped
+        in[thread]          = x.at(token);
+        out[thread]         = y.at(token);
+    }
+    __syncthreads();
+    for (int64_t first = 0; first < factor.rank; first += RANKS) {
+        const int n_ranks = factor.rank - first < RANKS ? (int) (factor.rank - first) : RANKS;
+        multiply_right(factor.right + first * n_cols, n_ranks, n_cols, in, partial, inner);
+        const float * left = factor.left + first * n_rows;
+        for (int64_t row = thread; row < n_rows; row += THREADS) {
+            float sum[TOKENS] = {};
+            for (int r = 0; r < n_ranks; ++r) {
+                const float value = left[r * n_rows + row];
+#pragma unroll
+                for (int t = 0; t < TOKENS; ++t) {
+                    sum[t] = fmaf(value, inner[r * TOKENS + t], sum[t]);
+                }
+            }
+            for (int t = 0; t < tile.n; ++t) {
+                out[t][row] += sum[t];
+            }
+        }
+        __syncthreads();  // `inner` is read to the end
+    }
+}
+
+void lowrank_on_gpu(const gpu_queue & queue, const factors_on_gpu * factors, int64_t n_rows, int64_t n_cols,
+                    const column_tile * tiles, int64_t n_tiles, const columns & x, const columns & y) {
+    launch(lowrank_kernel, dim3((unsigned) n_tiles), THREADS, 0, queue.stream, factors, n_rows, n_cols, tiles,
+           x, y);
+}
+
+}  // namespace zo
