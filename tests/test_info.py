@@ -8,11 +8,13 @@ from gguf import GGMLQuantizationType as Type
 
 from tests.tiny_gguf import LINEAR, random_delta, write_llama
 from zo_gguf import cli
+from zo_gguf.backends import Device
 from zo_gguf.config import EnvConfig, InfoConfig, MergeConfig
 from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.info import _gpu_in_words, env, info
+from zo_gguf.gpu_words import gpu_in_words
+from zo_gguf.info import env, info
 from zo_gguf.mask import Mask, MaskHeader
 from zo_gguf.merge import merge
 from zo_gguf.trajectory import Direction, Record, Trajectory
@@ -137,21 +139,31 @@ def test_env() -> None:
     assert values["libzo"].startswith("built for llama-cpp-python 0.3.36")
     assert any("(CPU" in device for device in values["devices"])
     assert "GPU" in result.render()
+    if not any("(GPU" in device for device in values["devices"]):
+        assert "ill not be used" in values["GPU"][0]
 
 
 @pytest.mark.parametrize(
-    ("gpus", "offload", "words"),
+    ("names", "offloads", "kernels", "n_usable", "words"),
     [
-        (["A", "B"], True, "A and B can be used: --n-gpu-layers -1"),
-        ([], True, "finds none"),
-        ([], False, "built for the CPU only"),
+        (["CUDA0", "CUDA1"], True, "CUDA", 2, ["A and B can be used", "run on the GPU (CUDA"]),
+        (["CUDA0"], True, "CUDA", 0, ["can be used", "driver is older"]),
+        (["CUDA0"], True, "", 0, ["can be used", "no kernels", "With the CUDA toolkit"]),
+        (["CUDA0", "Vulkan0"], True, "CUDA", 1, ["can be used", "no kernels", "CUDA toolkit"]),
+        (["Vulkan0"], True, "CUDA", 1, ["can be used", "LoRA adapter"]),
+        ([], True, "CUDA", 1, ["finds none"]),
+        ([], False, "", 0, ["CPU only", "NVIDIA", "-DGGML_CUDA=on", "zo-gguf"]),
     ],
 )
 def test_gpu_in_words(
-    gpus: list[str], offload: bool, words: str, monkeypatch: pytest.MonkeyPatch
+    names: list[str], offloads: bool, kernels: str, n_usable: int, words: list[str]
 ) -> None:
-    monkeypatch.setattr("zo_gguf.info.supports_offload", lambda: offload)
-    assert words in _gpu_in_words(gpus)
+    devices = [Device("CPU", "cores", "CPU", 0)]
+    devices += [Device(name, "AB"[i], "GPU", 1) for i, name in enumerate(names)]
+    lines = gpu_in_words(devices, offloads, kernels, n_usable, "0.3.36")
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+        assert word in line
 
 
 def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

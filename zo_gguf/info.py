@@ -23,6 +23,7 @@ from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.files import require_file
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.gpu_words import gpu_in_words
 from zo_gguf.mask import Mask
 from zo_gguf.native import load
 from zo_gguf.options import to_dict
@@ -234,6 +235,7 @@ def _json_file(path: Path) -> dict[str, Any]:
 def env(config: EnvConfig) -> Facts:
     """Versions, what llama.cpp can compute on, and whether a GPU will be used."""
     devices = list_devices()
+    libzo, kernels, n_usable = _libzo()
     return Facts(
         {
             "zo-gguf": zo_gguf.__version__,
@@ -241,13 +243,13 @@ def env(config: EnvConfig) -> Facts:
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
             "packages": {name: _version(name) for name in _PACKAGES},
-            "libzo": _libzo(),
+            "libzo": libzo,
             "llama.cpp CPU code": cpu_features(),
             "devices": [
                 f"{device.name}: {device.description} ({device.kind}, {_size(device.memory_total)})"
                 for device in devices
             ],
-            "GPU": _gpu_in_words([device.description for device in devices if device.is_gpu]),
+            "GPU": gpu_in_words(devices, supports_offload(), kernels, n_usable, engine_version()),
         }
     )
 
@@ -266,17 +268,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _libzo() -> str:
+def _libzo() -> tuple[str, str, int]:
+    """In words; what its GPU kernels are for; and how many GPUs those can run on."""
     try:
-        load(engine_version())
+        functions = load(engine_version())
     except (ZoError, OSError) as error:
-        return f"does not work: {error}"
-    return f"built for llama-cpp-python {engine_version()}, which is installed"
-
-
-def _gpu_in_words(gpus: list[str]) -> str:
-    if gpus and supports_offload():
-        return f"{' and '.join(gpus)} can be used: --n-gpu-layers -1 puts the whole model there."
-    if supports_offload():
-        return "Will not be used: llama-cpp-python was built for GPUs, but llama.cpp finds none."
-    return "Will not be used: the installed llama-cpp-python was built for the CPU only."
+        return f"does not work: {error}", "", 0
+    kernels = functions.zo_gpu_kernels().decode()
+    words = f"built for llama-cpp-python {engine_version()}, which is installed"
+    words += f", with kernels for {kernels}" if kernels else ", without GPU kernels"
+    return words, kernels, functions.zo_gpu_count()
