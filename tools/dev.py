@@ -5,8 +5,10 @@
     python3 tools/dev.py test [ARGS]      pytest; ARGS go to it
     python3 tools/dev.py check            ruff, mypy --strict, clang-format
     python3 tools/dev.py bench [ARGS]     tools/bench_hook.py; ARGS go to it
+    python3 tools/dev.py gpu [STAGE]      all of it on an NVIDIA GPU; see tools/dev_gpu.py
 
-Every command sets up first and skips what is already done. Deleting .venv is always safe.
+Every command sets up first and skips what is already done. Deleting .venv is always safe, and so is
+.venv-gpu, which `gpu` uses instead.
 """
 
 from __future__ import annotations  # so that an old Python gets as far as being told
@@ -204,7 +206,7 @@ def is_source(file: Path) -> bool:
 
 def main() -> int:
     command, *rest = sys.argv[1:] or ["help"]
-    if command not in COMMANDS:
+    if command not in (*COMMANDS, "gpu"):
         print(__doc__)
         return 0 if command in {"help", "-h", "--help"} else 2
     if sys.version_info < OLDEST_PYTHON:
@@ -214,6 +216,10 @@ def main() -> int:
     if rest and command in {"setup", "check"}:
         say(f"{command} takes no further arguments, got {' '.join(rest)!r}")
         return 2
+    if command == "gpu":
+        import dev_gpu
+
+        return dev_gpu.main(rest)
     try:
         setup()
     except SetupError as error:
