@@ -8,7 +8,8 @@ the reference is torch's gradient on the same dequantized weights, projected on 
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,58 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import reference  # the tests' torch model
 
-from zo_gguf.dataset import load_examples
+from zo_gguf.dataset import Example, load_examples
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.noise import measure_noise
 
 N_PROBES, N_ROWS = 24, 16
+QUANTS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What was measured for one file.
+
+    Attributes:
+        eps, floor, slope: As in `NoiseReport`.
+        correlation: Of the projected gradients with autograd's, over the probes.
+        ratio: Of their sizes: the slope of one over the other through the origin.
+    """
+
+    eps: float
+    floor: float
+    slope: float
+    correlation: float
+    ratio: float
+
+
+def measure(engine: Engine, rows: Sequence[Example], hf: Path) -> Fidelity:
+    """Compare an engine's projected gradients with autograd's.
+
+    Args:
+        engine: A model with a mask.
+        rows: Examples without choices.
+        hf: The Hugging Face folder that the model was made from.
+    """
+    report = measure_noise(engine, rows)
+    eps = report.eps
+    model = reference.torch_model(hf, engine.gguf.path)
+    tensors, shapes = engine.mask.tensors, engine.mask.shapes
+    reference.add_delta(model, tensors, shapes, engine.theta())
+    noises = [engine.noise(seed) for seed in range(N_PROBES)]
+    exact = reference.directional_derivatives(model, rows, tensors, shapes, noises)
+    probes = [Probe(seed, sign * eps) for seed in range(N_PROBES) for sign in (1, -1)]
+    losses = engine.losses(rows, probes).mean(axis=1).reshape(-1, 2)
+    slopes = (losses[:, 0] - losses[:, 1]) / (2 * eps)
+    correlation = float(np.corrcoef(slopes, exact)[0, 1])
+    ratio = float((slopes @ exact) / (exact @ exact))
+    return Fidelity(eps, report.floor, report.slope, correlation, ratio)
+
+
+def load_rows(data: Path, engine: Engine) -> list[Example]:
+    """The first rows of a data folder, each its prompt and right choice as completion."""
+    rows = load_examples(data / "train.jsonl", engine)[:N_ROWS]
+    return [replace(row, choices=(), answer=-1) for row in rows]
 
 
 def main() -> None:
@@ -32,30 +80,19 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="file name before -QUANT.gguf")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--quant", action="append")
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0)
     options = parser.parse_args()
     print(f"{'quant':<8}{'eps':>8}{'floor':>10}{'slope':>8}{'correlation':>13}{'ratio':>8}")
-    for quant in options.quant or ["F16", "Q8_0", "Q4_0", "Q4_K_M"]:
+    for quant in options.quant or QUANTS:
         path = options.exports / f"{options.name}-{quant}.gguf"
-        with Engine(path, mask=str(path).removesuffix(".gguf") + ".mask.safetensors") as engine:
-            rows = load_examples(options.data / "train.jsonl", engine)[:N_ROWS]
-            rows = [replace(row, choices=(), answer=-1) for row in rows]
-            report = measure_noise(engine, rows)
-            eps = report.eps
-            model = reference.torch_model(options.hf, path)
-            tensors, shapes = engine.mask.tensors, engine.mask.shapes
-            reference.add_delta(model, tensors, shapes, engine.theta())
-            noises = [engine.noise(seed) for seed in range(N_PROBES)]
-            exact = reference.directional_derivatives(model, rows, tensors, shapes, noises)
-            probes = [Probe(seed, sign * eps) for seed in range(N_PROBES) for sign in (1, -1)]
-            losses = engine.losses(rows, probes).mean(axis=1).reshape(-1, 2)
-            slopes = (losses[:, 0] - losses[:, 1]) / (2 * eps)
-            correlation = np.corrcoef(slopes, exact)[0, 1]
-            ratio = (slopes @ exact) / (exact @ exact)
-            print(
-                f"{quant:<8}{eps:>8.2g}{report.floor:>10.1e}{report.slope:>8.2f}"
-                f"{correlation:>13.5f}{ratio:>8.3f}",
-                flush=True,
-            )
+        mask = str(path).removesuffix(".gguf") + ".mask.safetensors"
+        with Engine(path, mask=mask, n_gpu_layers=options.n_gpu_layers) as engine:
+            found = measure(engine, load_rows(options.data, engine), options.hf)
+        print(
+            f"{quant:<8}{found.eps:>8.2g}{found.floor:>10.1e}{found.slope:>8.2f}"
+            f"{found.correlation:>13.5f}{found.ratio:>8.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -113,18 +113,20 @@ def make_mask(path: Path, kind: str) -> Mask:
     return Mask(tensors, zeros, shapes, MaskHeader(path.name, file.sha256(), kind, DENSITY))
 
 
-def make_examples(n: int, length: int) -> list[Example]:
+def make_examples(n: int, length: int, vocab: int = VOCAB) -> list[Example]:
     """Random token ids; the last 8 tokens of each example count."""
     rng = np.random.default_rng(2)
     mask = [False] * (length - 8) + [True] * 8
-    return [Example(rng.integers(3, VOCAB, length).tolist(), mask) for _ in range(n)]
+    return [Example(rng.integers(3, vocab, length).tolist(), mask) for _ in range(n)]
 
 
 class Plain:
     """Stock llama.cpp without a callback, decoding the same batch as the engine."""
 
-    def __init__(self, path: Path, examples: list[Example], n_threads: int) -> None:
-        self.model = load_model(path)
+    def __init__(
+        self, path: Path, examples: list[Example], n_threads: int, n_gpu_layers: int = 0
+    ) -> None:
+        self.model = load_model(path, n_gpu_layers)
         self.batch = lay_out(build_request(examples).sequences, 1, padded=False)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.batch.tokens.size
