@@ -59,17 +59,20 @@ class MissingError(Exception):
 
 def build(gpus: list[str], toolkit: dev_cuda.Toolkit) -> None:
     """Bring .venv-gpu up to date; does nothing where the stamps say that it is."""
-    make_venv()
     pins = dev.digest([dev.ROOT / "pyproject.toml", dev.CONSTRAINTS], sys.version)
     engine = dev.digest([], pins, toolkit.version, *sorted(gpus), *CMAKE_ARGS, user_cmake_args())
     native = sorted(path for path in (dev.ROOT / "native").rglob("*") if path.is_file())
     library = dev.digest([dev.ROOT / "CMakeLists.txt", *native], engine)
+    hints = []
+    if read_stamp("engine") != engine:  # now, for what it may find missing
+        hints = dev_cuda.cmake_hints(toolkit, site_packages())
+    make_venv()
     if read_stamp("packages") != pins:
         install_packages()
         write_stamp("packages", pins)
     environment = build_environment(toolkit)
     if read_stamp("engine") != engine:
-        build_engine(environment, dev_cuda.cmake_hints(toolkit, site_packages()))
+        build_engine(environment, hints)
         write_stamp("engine", engine)
     if read_stamp("libzo") != library:
         options = ["--no-deps", "--no-build-isolation", *build_folder("libzo")]
