@@ -236,6 +236,52 @@ class TestMachine:
         assert dev_cuda.cmake_hints(toolkit, [tmp_path]) == []
 
 
+class TestCheck:
+    @pytest.fixture(autouse=True)
+    def repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One test file with the marker, and a pytest that says how it was called."""
+        monkeypatch.setattr(dev, "ROOT", tmp_path)
+        monkeypatch.setattr(dev_gpu, "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(dev_gpu, "PYTHON", fake_program(tmp_path / "python", "tests ran"))
+        for name, text in (("test_a.py", "pytest.mark.cuda"), ("test_b.py", "")):
+            (tmp_path / "tests").mkdir(exist_ok=True)
+            (tmp_path / "tests" / name).write_text(text)
+
+    def check(self, monkeypatch: pytest.MonkeyPatch, script: str) -> int:
+        sanitizer = dev.ROOT / "compute-sanitizer"
+        sanitizer.write_text(f"#!/bin/sh\n{script}\n")
+        sanitizer.chmod(0o755)
+        monkeypatch.setattr(dev_cuda, "find_sanitizer", lambda _: str(sanitizer))
+        return dev_gpu.check([], dev_cuda.Toolkit(Path("nvcc"), Path("cuda"), "13.0"))
+
+    def test_marked_files_run_under_both_tools(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.check(monkeypatch, 'echo "$@"') == 0
+        for tool in ("memcheck", "racecheck"):
+            called = (dev_gpu.RESULTS / f"{tool}.txt").read_text()
+            assert f"--tool {tool}" in called
+            assert "tests/test_a.py -k sanitize" in called
+            assert "test_b" not in called
+
+    @pytest.mark.parametrize(
+        ("script", "code", "word"),
+        [
+            ("exit 86", 86, "found errors"),
+            ("exit 5", 5, "found no test"),
+            ("echo 'Error: Device not supported'; exit 1", 0, "cannot watch this device"),
+        ],
+    )
+    def test_verdicts(
+        self, script: str, code: int, word: str, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        assert self.check(monkeypatch, script) == code
+        assert word in capsys.readouterr().err
+
+    def test_no_marked_test_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        (dev.ROOT / "tests" / "test_a.py").write_text("")
+        assert self.check(monkeypatch, "exit 0") == 2
+        assert "no test is marked cuda" in capsys.readouterr().err
+
+
 def which_only(machine: Path):
     def which(name: str) -> str | None:
         path = machine / "bin" / name

@@ -209,7 +209,7 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
     command = ["git", "-C", str(dev.ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
     commit = dev_cuda.output_of(*command).strip()
     manifest = dev.ROOT / "gpu-kit" / "manifest.json"
-    if not commit and manifest.is_file():
+    if not (dev.ROOT / ".git").exists() and manifest.is_file():
         commit = json.loads(manifest.read_text(encoding="utf-8"))["commit"]
     gpu = "; ".join(dev_cuda.find_gpus()) if options.device == "cuda" else "CPU only"
     shapes = {size: shape_of(options, size) for size in options.sizes}

@@ -11,17 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from dev_cuda import find_smi
+from dev_cuda import find_smi, output_of
 
 TOOLS = Path(__file__).resolve().parent
 _EVERY = "50"  # ms
-_FORMAT = "--format=csv,noheader,nounits"
-_SETTLE = 1.0  # seconds until the first samples are in
+_PATIENCE = 6.0  # seconds until the first sample; without another user the driver starts slowly
 _MIB = 1 << 20
 
 
@@ -62,48 +61,78 @@ def watching(enabled: bool) -> Iterator[Watch]:
     if smi is None:
         yield watch
         return
-    queries = ["--query-compute-apps=pid,used_memory", "--query-gpu=memory.used"]
-    programs = [
+    end = threading.Event()
+    queries = [
+        ("--query-compute-apps=pid,used_memory", lambda line: _add_process(watch, line)),
+        ("--query-gpu=memory.used", lambda line: _add_size(watch, line)),
+    ]
+    command = [smi, f"--id={first_gpu()}", "--format=csv,noheader,nounits"]
+    loops = [
         subprocess.Popen(
-            [smi, query, f"--id={first_gpu()}", _FORMAT, f"--loop-ms={_EVERY}"],
+            [*command, query, f"--loop-ms={_EVERY}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        for query in queries
+        for query, _ in queries
     ]
-    readers = [
-        threading.Thread(target=_read_processes, args=(programs[0].stdout, watch.by_process)),
-        threading.Thread(target=_read_sizes, args=(programs[1].stdout, watch.in_use)),
+    threads = [
+        threading.Thread(target=_read, args=(program, add))
+        for program, (_, add) in zip(loops, queries, strict=True)
     ]
-    for reader in readers:
-        reader.start()
+    for thread in threads:
+        thread.start()
+    if not _first_sample(watch):  # it keeps back what it prints: call it for each sample instead
+        threads.append(threading.Thread(target=_poll, args=(command, queries, end)))
+        threads[-1].start()
+        _first_sample(watch)
     try:
-        time.sleep(_SETTLE)
         watch.before = min(watch.in_use, default=0)
         yield watch
     finally:
-        for program in programs:
+        end.set()
+        for program in loops:
             program.kill()
+        for thread in threads:
+            thread.join()
+        for program in loops:
             program.wait()
-        for reader in readers:
-            reader.join()
-        for program in programs:
             assert program.stdout is not None
             program.stdout.close()
 
 
-def _read_processes(stream: IO[str], samples: list[tuple[int, int]]) -> None:
-    for line in stream:
-        pid, _, size = line.partition(",")
-        with contextlib.suppress(ValueError):  # "[N/A]" where the driver does not say
-            samples.append((int(pid), int(size) * _MIB))
+def _first_sample(watch: Watch) -> bool:
+    """Wait for it; False where none comes."""
+    started = time.monotonic()
+    while not watch.in_use and time.monotonic() - started < _PATIENCE:
+        time.sleep(0.05)
+    return bool(watch.in_use)
 
 
-def _read_sizes(stream: IO[str], samples: list[int]) -> None:
-    for line in stream:
-        with contextlib.suppress(ValueError):
-            samples.append(int(line) * _MIB)
+def _read(program: "subprocess.Popen[str]", add: Callable[[str], None]) -> None:
+    assert program.stdout is not None
+    for line in program.stdout:
+        add(line)
+
+
+def _poll(
+    command: list[str], queries: list[tuple[str, Callable[[str], None]]], end: threading.Event
+) -> None:
+    while not end.is_set():
+        for query, add in queries:
+            for line in output_of(*command, query).splitlines():
+                add(line)
+
+
+def _add_process(watch: Watch, line: str) -> None:
+    pid, _, size = line.partition(",")
+    with contextlib.suppress(ValueError):  # "[N/A]" where the driver does not say
+        watch.by_process.append((int(pid), int(size) * _MIB))
+
+
+def _add_size(watch: Watch, line: str) -> None:
+    with contextlib.suppress(ValueError):
+        watch.in_use.append(int(line) * _MIB)
 
 
 def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict[str, Any]:
@@ -118,7 +147,8 @@ def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict
             of pieces, and each would be recorded as a graph of its own.
     """
     command = [sys.executable, str(TOOLS / script), json.dumps(job)]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES=first_gpu())
+    # CUDA's numbers are to be nvidia-smi's.
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES=first_gpu(), CUDA_DEVICE_ORDER="PCI_BUS_ID")
     environment.pop("GGML_CUDA_DISABLE_GRAPHS", None)  # any value counts as set
     if not cuda_graphs:
         environment["GGML_CUDA_DISABLE_GRAPHS"] = "1"

@@ -14,6 +14,7 @@ from __future__ import annotations  # so that an old Python gets as far as being
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import dev
@@ -32,6 +33,9 @@ def main(arguments: list[str]) -> int:
     stage, *rest = arguments or ["all"]
     if stage not in (*STAGES, "all") or (rest and stage == "build"):
         print(__doc__)
+        return 2
+    if sys.platform != "linux":
+        dev.say(f"dev.py gpu builds on Linux only, this is {sys.platform}; use WSL on Windows")
         return 2
     try:
         gpus, toolkit = dev_cuda.find_gpus(), dev_cuda.find_toolkit()
