@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -94,7 +93,8 @@ def correctness_cases(options: argparse.Namespace) -> Iterator[Case]:
     job = common(options) | {"folder": str(options.work / "tiny"), "path": options.path}
     for kind in ("correctness", "replay"):
         for quant in TINY_QUANTS:
-            yield Case("correctness", f"{kind} {quant}", job | {"job": kind, "quant": quant})
+            key = f"{kind} {quant} {options.path}"
+            yield Case("correctness", key, job | {"job": kind, "quant": quant})
 
 
 def memory_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -252,6 +252,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+    except KeyboardInterrupt:
         print("bench_gpu.py: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -38,6 +38,7 @@ LLAMA_CPP_PARTS = {"CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "incl
 BACKENDS = {"ggml-cpu", "ggml-cuda"}
 # Headers for images and sound, which only the multimodal library includes.
 UNREAD = {"miniaudio.h", "stb_image.h"}
+_MTIME = 1_600_000_000  # of every file in the archive; before 1980 none could go into a wheel
 
 
 def is_needed(path: PurePosixPath) -> bool:
@@ -180,6 +181,7 @@ def write_archive(target: Path, repository: Sequence[Path], parts: Path) -> None
             for source, name in sorted(files, key=lambda item: (Path(item[1]).suffix, item[1])):
                 info = tarfile.TarInfo(f"{NAME}/{name}")
                 info.mode = 0o755 if os.access(source, os.X_OK) else 0o644
+                info.mtime = _MTIME
                 data = source.read_bytes()
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
