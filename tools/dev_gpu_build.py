@@ -63,7 +63,7 @@ def build(gpus: list[str], toolkit: dev_cuda.Toolkit) -> None:
     engine = dev.digest([], pins, toolkit.version, *sorted(gpus), *CMAKE_ARGS, user_cmake_args())
     native = sorted(path for path in (dev.ROOT / "native").rglob("*") if path.is_file())
     library = dev.digest([dev.ROOT / "CMakeLists.txt", *native], engine)
-    hints = []
+    hints: list[str] = []
     if read_stamp("engine") != engine:  # now, for what it may find missing
         hints = dev_cuda.cmake_hints(toolkit, site_packages())
     make_venv()
@@ -76,7 +76,9 @@ def build(gpus: list[str], toolkit: dev_cuda.Toolkit) -> None:
         write_stamp("engine", engine)
     if read_stamp("libzo") != library:
         options = ["--no-deps", "--no-build-isolation", *build_folder("libzo")]
-        options += ["--config-settings", "cmake.define.ZO_CUDA=ON", "--editable", str(dev.ROOT)]
+        for define in ("ZO_CUDA=ON", "CMAKE_CUDA_ARCHITECTURES=native"):
+            options += ["--config-settings", f"cmake.define.{define}"]
+        options += ["--editable", str(dev.ROOT)]
         pip("zo-gguf, libzo compiled with CUDA", ["install", *options], environment)
         write_stamp("libzo", library)
     dev.say(f"{VENV.name} is up to date")

@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import dev
 from dev_gpu_build import TOO_LARGE, name_of, requirements
@@ -174,7 +175,7 @@ def write_archive(target: Path, repository: Sequence[Path], parts: Path) -> None
         for file in parts.rglob("*")
         if file.is_file()
     ]
-    kind = "w:gz" if target.suffix == ".gz" else "w:xz"
+    kind: Literal["w:gz", "w:xz"] = "w:gz" if target.suffix == ".gz" else "w:xz"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kit.") as scratch:
         unfinished = Path(scratch) / target.name
         with tarfile.open(unfinished, kind) as tar:
