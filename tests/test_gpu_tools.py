@@ -54,7 +54,7 @@ CONVERTER = [f"{LLAMA}/convert_hf_to_gguf.py", f"{LLAMA}/conversion/base.py"]
 @pytest.fixture
 def sdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive laid out like llama-cpp-python's, which convert.py takes for the real one."""
-    path = tmp_path / convert._ARCHIVE
+    path = tmp_path / convert.ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
         for name in NEEDED + UNNEEDED + CONVERTER:
             info = tarfile.TarInfo(f"llama_cpp_python-{convert.RELEASE}/{name}")
@@ -102,7 +102,7 @@ class TestKit:
             tar.extractall(tmp_path / "out", filter="data")
         monkeypatch.setattr(dev_gpu, "KIT", tmp_path / "out" / pack_gpu_kit.NAME / "gpu-kit")
         monkeypatch.setenv("XDG_CACHE_HOME", dev_gpu.environment()["XDG_CACHE_HOME"])
-        monkeypatch.setattr(convert, "_download", lambda scratch: pytest.fail("downloads"))
+        monkeypatch.setattr(convert, "download_archive", lambda scratch: pytest.fail("downloads"))
         assert convert.converter_script().read_text() == CONVERTER[0]
 
     def test_same_bytes_each_time(self, tmp_path: Path, sdist: Path, wheels: Path) -> None:
@@ -243,7 +243,8 @@ class TestCheck:
         monkeypatch.setattr(dev, "ROOT", tmp_path)
         monkeypatch.setattr(dev_gpu, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(dev_gpu, "PYTHON", fake_program(tmp_path / "python", "tests ran"))
-        for name, text in (("test_a.py", "pytest.mark.cuda"), ("test_b.py", "")):
+        texts = {"test_a.py": "pytest.mark.cuda", "test_b.py": "", "test_c.py": "f(device: int)"}
+        for name, text in texts.items():
             (tmp_path / "tests").mkdir(exist_ok=True)
             (tmp_path / "tests" / name).write_text(text)
 
@@ -259,7 +260,7 @@ class TestCheck:
         for tool in ("memcheck", "racecheck"):
             called = (dev_gpu.RESULTS / f"{tool}.txt").read_text()
             assert f"--tool {tool}" in called
-            assert "tests/test_a.py -k sanitize" in called
+            assert "tests/test_a.py tests/test_c.py -k sanitize" in called
             assert "test_b" not in called
 
     @pytest.mark.parametrize(
@@ -277,7 +278,8 @@ class TestCheck:
         assert word in capsys.readouterr().err
 
     def test_no_marked_test_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-        (dev.ROOT / "tests" / "test_a.py").write_text("")
+        for name in ("test_a.py", "test_c.py"):
+            (dev.ROOT / "tests" / name).write_text("")
         assert self.check(monkeypatch, "exit 0") == 2
         assert "no test is marked cuda" in capsys.readouterr().err
 

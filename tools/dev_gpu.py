@@ -13,6 +13,7 @@ transformers among them. Every stage may be stopped, and goes on where it was.
 from __future__ import annotations  # so that an old Python gets as far as being told
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ RESULTS = dev.ROOT / "gpu-results"
 STAGES = ("build", "check", "bench")
 _SANITIZED = 86  # exit code by which compute-sanitizer says that it found something
 _NO_TESTS = 5  # pytest's
+_ON_GPU = re.compile(r"mark\.cuda|\bdevice: int")  # tests marked, and those that any device runs
 _UNWATCHABLE = "Device not supported"  # compute-sanitizer, in some virtual machines
 
 
@@ -74,7 +76,7 @@ def check(arguments: list[str], toolkit: dev_cuda.Toolkit) -> int:
     files = [
         str(file.relative_to(dev.ROOT))
         for file in sorted((dev.ROOT / "tests").glob("test_*.py"))
-        if "mark.cuda" in file.read_text(encoding="utf-8")
+        if _ON_GPU.search(file.read_text(encoding="utf-8"))
     ]
     if not files:
         dev.say("no test is marked cuda; mark those that need a GPU with pytest.mark.cuda")

@@ -104,8 +104,8 @@ def find_archive(scratch: Path) -> Path:
     Raises:
         ZoError: It cannot be fetched.
     """
-    cached = convert.cache_folder() / convert._ARCHIVE
-    return cached if cached.is_file() else convert._download(scratch)
+    cached = convert.cache_folder() / convert.ARCHIVE
+    return cached if cached.is_file() else convert.download_archive(scratch)
 
 
 def wheel_pins() -> list[str]:

@@ -23,7 +23,7 @@ from zo_gguf.files import sha256_file
 
 RELEASE = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-_ARCHIVE = f"llama_cpp_python-{RELEASE}.tar.gz"
+ARCHIVE = f"llama_cpp_python-{RELEASE}.tar.gz"
 _ROOT = PurePosixPath(f"llama_cpp_python-{RELEASE}/vendor/llama.cpp")
 _WANTED = ("convert_hf_to_gguf.py", "conversion", "gguf-py/gguf", "LICENSE")
 _MAX_UNPACKED = 64 << 20  # bytes; the real size is about 4 MiB
@@ -74,9 +74,9 @@ def converter_script() -> Path:
         return script
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack.") as scratch:
-        archive = cache_folder() / _ARCHIVE  # a copy put there by hand, for machines offline
+        archive = cache_folder() / ARCHIVE  # a copy put there by hand, for machines offline
         if not archive.is_file():
-            archive = _download(Path(scratch))
+            archive = download_archive(Path(scratch))
         unpacked = Path(scratch) / "llama.cpp"
         unpack_converter(archive, unpacked)
         # A second process may have been faster; its folder has the same bytes.
@@ -209,8 +209,12 @@ def _refusal(model: Path, lines: list[str]) -> str:
     return f"llama.cpp's converter refused {str(model)!r}: {reason[:300]}."
 
 
-def _download(scratch: Path) -> Path:
-    """Fetch the release's source archive with pip, without running anything of it."""
+def download_archive(scratch: Path) -> Path:
+    """Fetch the release's source archive with pip into a folder, without running anything of it.
+
+    Raises:
+        ZoError: It cannot be fetched.
+    """
     stub = scratch / "stub" / "scikit_build_core"
     stub.mkdir(parents=True)
     (stub / "__init__.py").touch()
@@ -219,7 +223,7 @@ def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
     command += ["--no-deps", "--no-binary", "llama-cpp-python", "--no-build-isolation"]
     command += ["--retries", "1", "--dest", str(scratch), f"llama-cpp-python=={RELEASE}"]
-    print("Fetching llama.cpp's converter (77 MB, once) ...", file=sys.stderr)
+    print("Fetching llama.cpp's sources (77 MB, once) ...", file=sys.stderr)
     result = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -228,13 +232,13 @@ def _download(scratch: Path) -> Path:
         errors="replace",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
-    archive = scratch / _ARCHIVE
+    archive = scratch / ARCHIVE
     if result.returncode != 0 or not archive.is_file():
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip()[:300] if lines else "no reason given"
         raise ZoError(
             f"llama.cpp's converter could not be fetched with pip ({reason}); go online once, put "
-            f"{_ARCHIVE} from PyPI into {str(cache_folder())!r}, or give a converted model "
+            f"{ARCHIVE} from PyPI into {str(cache_folder())!r}, or give a converted model "
             "with --gguf."
         )
     return archive
