@@ -83,6 +83,7 @@ static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_
     __syncthreads();
     for (int64_t first = 0; first < factor.rank; first += RANKS) {
         const int n_ranks = factor.rank - first < RANKS ? (int) (factor.rank - first) : RANKS;
+        // Its barriers also keep `inner` until all have read it.
         multiply_right(factor.right + first * n_cols, n_ranks, n_cols, in, partial, inner);
         const float * left = factor.left + first * n_rows;
         for (int64_t row = thread; row < n_rows; row += THREADS) {
@@ -98,7 +99,6 @@ static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_
                 out[t][row] += sum[t];
             }
         }
-        __syncthreads();  // `inner` is read to the end
     }
 }
 

@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "subspace": {"rank": 3, "refresh": 2, "iters": 5},
     "sensitive+norm": {"unit": ["sparse=1", "gain=0.5"]},
 }
-IN_PLACE = {"block-scale": "Q4_0", "dense": "F16"}
+IN_PLACE = {"block-scale": "Q4_0", "dense": "F16", "magnitude": "F16"}
 Losses = Callable[..., np.ndarray]
 
 
@@ -73,6 +73,7 @@ def losses(
     """Losses of ROWS at the probes, (n_probes, n_rows)."""
     with Engine(model, mask=delta, n_threads=1, path="hook", **options) as engine:
         if theta is not None:
+            engine.losses(ROWS[:1], [Probe(5, 0.1)])  # at another theta: nothing of it may stay
             engine.parameters.write(theta, 4)  # of 5 steps: in the last subspace
         return engine.losses(ROWS, probes)
 

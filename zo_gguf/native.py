@@ -143,7 +143,12 @@ def load(engine_version: str) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(_find_library()))
     for name, (result, arguments) in PROTOTYPES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise ZoError(
+                "libzo is older than the rest of zo-gguf; build it anew with: pip install . "
+                "(in a checkout: python3 tools/dev.py setup)"
+            )
         function.restype = result
         function.argtypes = arguments
     built_for = library.zo_engine_version().decode()
