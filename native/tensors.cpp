@@ -24,6 +24,19 @@ struct named_tensor {
 
 struct zo_tensors : zo::named_weights<zo::named_tensor> {};
 
+namespace {
+
+// llama.cpp marks a model's tensors as weights, but not an adapter's, whose products may then be computed
+// elsewhere, on copies made for every decode. Marked, they stay with their memory from the next graph on;
+// all of an adapter's tensors in one kind of memory share a buffer, so one that is found pins the others.
+void keep_in_place(const ggml_tensor * tensor) {
+    if (tensor->buffer != nullptr && ggml_backend_buffer_is_host(tensor->buffer)) {
+        ggml_backend_buffer_set_usage(tensor->buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+}
+
+}  // namespace
+
 using zo::fail;
 using zo::guarded;
 
@@ -66,12 +79,27 @@ bool zo_tensors_eval(ggml_tensor * node, bool ask, void * user_data) {
             name = name.substr(first + 1, last - first - 1);
         }
         const zo::named_tensor * found = tensors->find(name);
-        if (found != nullptr) {
-            tensors->weights[found->id].tensor = source;
-            tensors->weights[found->id].copied = copied;
+        if (found == nullptr) {
+            continue;
+        }
+        zo::named_tensor & named = tensors->weights[found->id];
+        if (!copied) {
+            keep_in_place(source);
+        }
+        if (!copied || named.tensor == nullptr) {
+            named.tensor = source;
+            named.copied = copied;
         }
     }
     return !ask;
+}
+
+int32_t zo_tensors_missing(const zo_tensors * tensors) {
+    int32_t missing = 0;
+    for (const zo::named_tensor & named : tensors->weights) {
+        missing += named.tensor == nullptr || named.copied;
+    }
+    return missing;
 }
 
 zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data, int64_t n_bytes) {

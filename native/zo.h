@@ -173,8 +173,12 @@ ZO_API zo_status zo_tensors_add(zo_tensors * tensors, const char * name, int64_t
 // A callback that only looks where the tensors lie, in one decode; `tensors` is its user data.
 ZO_API bool zo_tensors_eval(struct ggml_tensor * node, bool ask, void * tensors);
 
-// Rewrites the number-th tensor added, wherever it lies; between decodes only. Fails if no decode has
-// used it, or if its size is not n_bytes.
+// How many tensors cannot be rewritten yet: no decode has used them, or only as copies on a device. The next
+// new context may use the others themselves, once one tensor in the same memory was found.
+ZO_API int32_t zo_tensors_missing(const zo_tensors * tensors);
+
+// Rewrites the number-th tensor added, wherever it lies; between decodes only. Fails if it is missing, or
+// if its size is not n_bytes.
 ZO_API zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data,
                                 int64_t n_bytes);
 

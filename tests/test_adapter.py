@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -16,10 +17,12 @@ from zo_gguf.delta import Delta
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.handles import Tensors
 from zo_gguf.lora import SparseFactors
 from zo_gguf.mask import Mask, MaskHeader
 from zo_gguf.methods import start
 from zo_gguf.replay import replay
+from zo_gguf.trainable import Trainable
 from zo_gguf.tune import tune
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -145,6 +148,32 @@ def test_choice_of_the_path(tmp_path: Path) -> None:
     assert choose_path("adapter", gguf, delta, staged=False) == "adapter"
     with pytest.raises(ZoError, match="'auto', 'hook' or 'adapter'"):
         choose_path("wire", gguf, delta, staged=False)
+
+
+def test_adapter_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tmp_path, "sensitive")
+    delta = start(given, GgufFile(given.model))
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+
+    def path(**options: Any) -> str:
+        with Engine(given.model, mask=delta, n_threads=1, n_gpu_layers=-1, **options) as engine:
+            assert np.isfinite(engine.losses(ROWS, PROBES)).all()
+            return engine.path
+
+    assert path() == "adapter"
+    assert path(probes_per_decode=2) == "hook"  # an adapter has one value per decode
+    # As where llama.cpp computes with copies of the adapter on a device.
+    monkeypatch.setattr(Tensors, "missing", property(lambda _: 1))
+    assert path() == "hook"
+    assert path(path="adapter") == "adapter"
+
+
+def test_grzo_takes_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    for estimator, path in (("grzo", "hook"), ("spsa", "adapter")):
+        trainable = Trainable(config(tmp_path, "sensitive", n_gpu_layers=-1, estimator=estimator))
+        with trainable.open_engine() as engine:
+            assert engine.path == path
 
 
 def test_one_probe_and_no_signs(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def choose_path(path: str, gguf: GgufFile, delta: Delta | None, staged: bool) ->
         path: Also "auto".
         gguf: The base.
         delta: What is trained, if anything.
-        staged: Whether the hook would have to copy activations to the host and back.
+        staged: Whether the hook would have to copy activations to the host and back, and
+            nothing else needs it.
 
     Raises:
         ZoError: There is no such path, or an adapter is asked for and cannot hold the parameters.

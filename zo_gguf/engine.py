@@ -103,30 +103,43 @@ class Engine(Vocabulary):
         super().__init__(load_model(self.gguf.path, n_gpu_layers, bool(live), repack))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
         self._offloads = n_gpu_layers != 0 and self.supports_gpu
-        staged = self._offloads and not kernels_run(self._library)
+        staged = self._offloads and probes_per_decode == 1 and not kernels_run(self._library)
         self.path: EnginePath = choose_path(path, self.gguf, self.mask, staged)
         if self.mask is None:
             self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
         else:
-            self._open(self.mask, distribution, force_staged)
+            self._open(self.mask, distribution, force_staged, may_change=path == "auto")
         adapter = getattr(self._parameters, "adapter", None)
         self._context = self._new_context(self._hook, adapter)
         if live:
             self._locate()
 
-    def _open(self, delta: Delta, distribution: int, force_staged: bool) -> None:
-        """Make the parameters, and the hook that applies them where one is needed."""
+    def _open(
+        self, delta: Delta, distribution: int, force_staged: bool, *, may_change: bool
+    ) -> None:
+        """Make the parameters, and the hook that applies them where one is needed; it is, where the
+        path `may_change` and an adapter's tensors are out of reach."""
         given = (self._library, delta, self.gguf, self.n_threads, distribution)
-        if self.path == "hook":
-            self._parameters = Parameters(*given)
-            self._hook = self._parameters.hook(self.n_threads, force_staged)
-            return
-        if self.probes_per_decode > 1:
-            raise ZoError("An adapter has one value per decode: one probe at a time.")
-        self._parameters = parameters = AdapterParameters(self._model, *given)
-        self._context = self._new_context(parameters.tensors, parameters.adapter)
-        self._locate()
-        self._context.free()
+        if self.path == "adapter":
+            if self.probes_per_decode > 1:
+                raise ZoError("An adapter has one value per decode: one probe at a time.")
+            self._parameters = parameters = AdapterParameters(self._model, *given)
+            if self._reach(parameters) or not may_change:
+                return
+            parameters.free()
+            self.path = "hook"
+        self._parameters = Parameters(*given)
+        self._hook = self._parameters.hook(self.n_threads, force_staged)
+
+    def _reach(self, parameters: AdapterParameters) -> bool:
+        """Whether all of an adapter's tensors were found where they can be rewritten."""
+        for _ in range(2):  # the second decode leaves them in place: see keep_in_place in libzo
+            self._context = self._new_context(parameters.tensors, parameters.adapter)
+            self._locate()
+            self._context.free()
+            if parameters.tensors.missing == 0:
+                return True
+        return False
 
     def _new_context(self, watcher: Hook | Tensors | None, adapter: Any) -> Context:
         return Context(

@@ -169,11 +169,16 @@ class Tensors(_Handle):
         """Address of the callback that finds the tensors; `handle` is its user data."""
         return address(self._library.functions.zo_tensors_eval)
 
+    @property
+    def missing(self) -> int:
+        """How many of them no decode has used yet, or only as copies on a device."""
+        return int(self._library.functions.zo_tensors_missing(self.handle))
+
     def set(self, number: int, values: Vector) -> None:
         """Rewrite the number-th tensor.
 
         Raises:
-            ZoError: No decode has used it yet, or it has another size.
+            ZoError: It is missing, or has another size.
         """
         data = np.ascontiguousarray(values, dtype=np.float32)
         self._call("set", self.handle, number, data.ctypes.data, data.nbytes)

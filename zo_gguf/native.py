@@ -116,6 +116,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_tensors_free": (None, (Handle,)),
     "zo_tensors_add": (c_int32, (Handle, c_char_p, c_int64)),
     "zo_tensors_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
+    "zo_tensors_missing": (c_int32, (Handle,)),
     "zo_tensors_set": (c_int32, (Handle, c_int32, ctypes.c_void_p, c_int64)),
     "zo_discard_init": (c_bool, (ctypes.c_void_p, ctypes.c_void_p, c_uint32)),
     "zo_discard_apply": (None, (ctypes.c_void_p,) * 4),

@@ -82,6 +82,7 @@ class Trainable:
         """Load the model with these parameters."""
         config = self._config
         width = config.probes_per_decode
+        signs = config.estimator == "grzo"  # which no adapter has
         self._engine = Engine(
             self._gguf,
             mask=self.start,
@@ -90,7 +91,7 @@ class Trainable:
             n_gpu_layers=config.n_gpu_layers,
             probes_per_decode=1 if width == "auto" else width,
             distribution=distribution_of(config.estimator),
-            path=config.path,
+            path="hook" if signs and config.path == "auto" else config.path,
         )
         return self._engine
 
