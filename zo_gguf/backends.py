@@ -6,6 +6,7 @@ from typing import Any
 
 import llama_cpp  # noqa: TID251 - only asked what it was built with
 
+from zo_gguf.llama import quiet_engine
 from zo_gguf.native import Library
 
 _KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "several devices")  # ggml_backend_dev_type
@@ -35,10 +36,11 @@ class Device:
 
 def list_devices() -> list[Device]:
     """All devices, in ggml's order."""
-    llama_cpp.llama_backend_init()
     count = _function("ggml_backend_dev_count", ctypes.c_size_t)
     get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-    return [_describe(get(i)) for i in range(count())]
+    with quiet_engine():  # backends talk of the devices they find
+        llama_cpp.llama_backend_init()
+        return [_describe(get(i)) for i in range(count())]
 
 
 def kernels_run(library: Library) -> bool:
