@@ -195,8 +195,9 @@ def _gpu_in_words(engine: Engine, n_gpu_layers: int) -> str:
     if n_gpu_layers == 0:
         return "not used (-ngl 0)"
     if not engine.supports_gpu:
-        return "not used: this llama-cpp-python was built without a GPU backend"
-    return f"{n_gpu_layers} layers offloaded; their weights are not in RAM"
+        return "not used: this llama-cpp-python finds no GPU, or was built without a backend for it"
+    layers = "all" if n_gpu_layers < 0 else n_gpu_layers
+    return f"{layers} layers offloaded; their weights are not in RAM"
 
 
 def _duration(seconds: float) -> str:
