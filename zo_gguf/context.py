@@ -28,7 +28,6 @@ class Context:
         adapter: llama.cpp's handle of a LoRA adapter, or None.
         n_threads: CPU threads.
         discards: libzo, if logits need not be copied to the host: the watcher makes the losses.
-        edits: Whether tensors are rewritten between decodes, so that no copies of them may be used.
         ctx_tokens: KV cells where sequences lie side by side.
         padded: Sequences have caches of their own, all of one length, instead.
     """
@@ -43,11 +42,10 @@ class Context:
         ctx_tokens: int,
         padded: bool,
         discards: Library | None = None,
-        edits: bool = False,
     ) -> None:
         self._model, self._watcher, self._adapter = model, watcher, adapter
         self._n_threads, self._ctx_tokens, self._padded = n_threads, ctx_tokens, padded
-        self._discards, self._edits = discards, edits
+        self._discards = discards
         self._samplers: Discard | None = None
         self._context: Any = None
         self._limits = (0, 0, 0)  # KV cells, sequences, outputs
@@ -92,8 +90,6 @@ class Context:
             callback = self._watcher.callback
             params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(callback)
             params.cb_eval_user_data = self._watcher.handle
-        # Without: products with weights in RAM move to a GPU, and read copies of the weights there.
-        params.op_offload = params.op_offload and not self._edits
         if self._discards and worth_discarding(params.n_outputs_max * self._n_vocab):
             self._samplers = Discard(self._discards, n_sequences)
             params.samplers, params.n_samplers = self._samplers.configs, n_sequences

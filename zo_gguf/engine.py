@@ -108,17 +108,14 @@ class Engine(Vocabulary):
         if self.mask is None:
             self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
         else:
-            self._open(self.mask, distribution, force_staged, may_change=path == "auto")
+            self._open(self.mask, distribution, force_staged, path == "auto")
         adapter = getattr(self._parameters, "adapter", None)
         self._context = self._new_context(self._hook, adapter)
         if live:
             self._locate()
 
-    def _open(
-        self, delta: Delta, distribution: int, force_staged: bool, *, may_change: bool
-    ) -> None:
-        """Make the parameters, and the hook that applies them where one is needed; it is, where the
-        path `may_change` and an adapter's tensors are out of reach."""
+    def _open(self, delta: Delta, distribution: int, force_staged: bool, may_change: bool) -> None:
+        """Make the parameters, and a hook unless an adapter holds them; the path `may_change`."""
         given = (self._library, delta, self.gguf, self.n_threads, distribution)
         if self.path == "adapter":
             if self.probes_per_decode > 1:
@@ -150,7 +147,6 @@ class Engine(Vocabulary):
             ctx_tokens=self.ctx_tokens,
             padded=self._padded,
             discards=self._library if self._hook and self._offloads else None,
-            edits=adapter is not None or bool(self.mask and self.mask.live),
         )
 
     # ---- trainable parameters --------------------------------------------------------------------
