@@ -147,10 +147,16 @@ def test_env() -> None:
     ("names", "offloads", "kernels", "n_usable", "words"),
     [
         (["CUDA0", "CUDA1"], True, "CUDA", 2, ["A and B can be used", "run on the GPU (CUDA"]),
-        (["CUDA0"], True, "CUDA", 0, ["can be used", "driver is older"]),
-        (["CUDA0"], True, "", 0, ["can be used", "no kernels", "With the CUDA toolkit"]),
-        (["CUDA0", "Vulkan0"], True, "CUDA", 1, ["can be used", "no kernels", "CUDA toolkit"]),
-        (["Vulkan0"], True, "CUDA", 1, ["can be used", "LoRA adapter"]),
+        (["CUDA0"], True, "CUDA", 0, ["can be used", "driver is older", "LoRA", "copies"]),
+        (["CUDA0"], True, "", 0, ["can be used", "no kernels", "LoRA", "copies", "CUDA toolkit"]),
+        (
+            ["CUDA0", "Vulkan0"],
+            True,
+            "CUDA",
+            1,
+            ["can be used", "no kernels", "LoRA", "copies", "CUDA toolkit"],
+        ),
+        (["Vulkan0"], True, "CUDA", 1, ["can be used", "no kernels", "LoRA", "copies"]),
         ([], True, "CUDA", 1, ["finds none"]),
         ([], False, "", 0, ["CPU only", "NVIDIA", "-DGGML_CUDA=on", "zo-gguf"]),
     ],
@@ -164,6 +170,7 @@ def test_gpu_in_words(
     assert len(lines) == len(words)
     for line, word in zip(lines, words, strict=True):
         assert word in line
+        assert len(line) < 160  # longer ones are cut
 
 
 def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ _KERNELS = (
     "only losses are wanted."
 )
 _NO_KERNELS = (
-    "libzo {why}: sparse masks of few rows and columns, lora and subspace go into a LoRA adapter "
-    "that is rewritten for every probe; other parameters are applied to copies in host memory, "
-    "which is slow."
+    "libzo {why}.",
+    "Masks of few rows and columns, lora and subspace go into a LoRA adapter, rewritten per probe.",
+    "Other parameters are applied to copies in host memory, which is slow.",
 )
 
 
@@ -45,9 +45,9 @@ def gpu_in_words(
         if n_usable:
             return [first, _KERNELS.format(kernels=kernels)]
         why = f"has {kernels} kernels, but the driver is older than they need; update it"
-        return [first, _NO_KERNELS.format(why=why)]
+        return [first, *(line.format(why=why) for line in _NO_KERNELS)]
     known = next((kind for kind in ("CUDA", "ROCm") if gpus[0].name.startswith(kind)), None)
-    lines = [first, _NO_KERNELS.format(why="has no kernels for it")]
+    lines = [first, *(line.format(why="has no kernels for it") for line in _NO_KERNELS)]
     if known:
         toolkit = f"With the {known} toolkit installed, libzo gets them by itself"
         lines.append(f"{toolkit}: pip install --force-reinstall --no-deps zo-gguf")
