@@ -99,6 +99,7 @@ public:
     void add_lowrank(const lowrank_weight & weight, const columns & x, const columns & y,
                      const std::vector<column_range> & ranges) override {
         use();
+        check_branches(ranges, weight.branches.size());
         lowrank_copy & copy = lowrank_[weight.id];
         copy.branches.resize(std::max(copy.branches.size(), weight.branches.size()));
         std::vector<factors_on_gpu> factors(weight.branches.size());
@@ -121,9 +122,11 @@ public:
     void multiply(const gain_weight & weight, const columns & y,
                   const std::vector<column_range> & ranges) override {
         use();
-        std::vector<float> factors;
-        for (const std::vector<float> & branch : weight.branches) {
-            factors.insert(factors.end(), branch.begin(), branch.end());
+        check_branches(ranges, weight.branches.size());
+        std::vector<float> factors(weight.branches.size() * (size_t) weight.n, 1.0f);
+        for (size_t b = 0; b < weight.branches.size(); ++b) {
+            std::copy(weight.branches[b].begin(), weight.branches[b].end(),
+                      factors.begin() + (std::ptrdiff_t) (b * (size_t) weight.n));
         }
         const tile_tables::table tiles = tiles_.of(ranges, 1, queue_.stream);
         gain_on_gpu(queue_, gains_[weight.id].follow(factors, queue_.stream), weight.n, tiles.tiles, tiles.n,
@@ -190,6 +193,15 @@ private:
             copy = std::make_unique<sparse_on_gpu>(weight, queue_);
         }
         return *copy;
+    }
+
+    // Kernels index without looking.
+    static void check_branches(const std::vector<column_range> & ranges, size_t n) {
+        for (const column_range & range : ranges) {
+            if ((size_t) range.branch >= n) {
+                throw std::runtime_error("branch " + std::to_string(range.branch) + " has no factors");
+            }
+        }
     }
 
     static size_t at_once(const sparse_weight & weight, const std::vector<zo_branch> & branches) {

@@ -45,6 +45,21 @@ def test_against_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("block", [1, 7, N - 1, N])
+def test_blocks_do_not_change_the_bits(
+    name: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for size in (1 << 17, block):
+        monkeypatch.setattr("zo_gguf.optimizer._BLOCK", size)
+        optimizer, theta = OPTIMIZERS[name](N), np.ones(N, np.float32)
+        for g in gradients(5):
+            optimizer.update(theta, g, 0.05)
+        results.append(theta.tobytes())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_state_is_all_that_a_restart_needs(name: str) -> None:
     steps = gradients(20)
     whole, theta = OPTIMIZERS[name](N), np.ones(N, np.float32)

@@ -5,6 +5,7 @@ trajectory gives the same bits on any machine. The state costs 0, 4 and 8 bytes 
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from zo_gguf.options import nearest
 from zo_gguf.trajectory import Direction
 
 Vector = NDArray[np.float32]
+_BLOCK = 1 << 17  # entries whose arrays stay in a core's cache
 _STEP_FRACTION = 0.3  # of eps; the best of several, see tools/LOG.md
 _SLOPES = 16  # of rows that a step measures, for which it holds
 _SHORT = 16_000  # slopes of a run up to which it holds
@@ -40,6 +42,16 @@ def gradient_estimate(
         z = noise(direction.seed, direction.signs)
         total += np.float32(direction.projected_grad * scale) * z
     return total
+
+
+def _in_blocks(n: int, update: Callable[[slice], None]) -> None:
+    """Call `update` for parts of n entries; those of a large model on all cores."""
+    parts = [slice(first, min(n, first + _BLOCK)) for first in range(0, n, _BLOCK)]
+    if len(parts) == 1:
+        update(parts[0])
+        return
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(update, parts))
 
 
 class Sgd:
@@ -85,17 +97,22 @@ class Adam:
 
     def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
         """Change theta, (nnz,), in place."""
-        m, v, decay = self.state["m"], self.state["v"], self.state["decay"]
+        decay = self.state["decay"]
         decay *= (self.beta1, self.beta2)
-        m *= np.float32(self.beta1)
-        m += np.float32(1 - self.beta1) * gradient
-        v *= np.float32(self.beta2)
-        v += np.float32(1 - self.beta2) * gradient * gradient
-        step = np.sqrt(v * np.float32(1 / (1 - decay[1])))
-        step += np.float32(self.floor)
-        np.divide(m, step, out=step)
-        step *= np.float32(lr / (1 - decay[0]))
-        theta -= step
+
+        def update(part: slice) -> None:
+            m, v, g = self.state["m"][part], self.state["v"][part], gradient[part]
+            m *= np.float32(self.beta1)
+            m += np.float32(1 - self.beta1) * g
+            v *= np.float32(self.beta2)
+            v += np.float32(1 - self.beta2) * g * g
+            step = np.sqrt(v * np.float32(1 / (1 - decay[1])))
+            step += np.float32(self.floor)
+            np.divide(m, step, out=step)
+            step *= np.float32(lr / (1 - decay[0]))
+            theta[part] -= step
+
+        _in_blocks(theta.size, update)
 
 
 OPTIMIZERS: dict[str, Callable[[int], Optimizer]] = {
