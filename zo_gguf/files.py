@@ -10,6 +10,11 @@ from typing import IO
 
 from zo_gguf.errors import ZoError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _CHUNK = 1 << 20
 
 
@@ -57,6 +62,38 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be.
+
+    The lock ends with the process, however that ends. On Windows, and on file systems that know no
+    locks, there is none.
+
+    Args:
+        folder: The folder.
+        what: How the error names it, such as "run folder".
+
+    Raises:
+        ZoError: Another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            where = f"the {what} {os.fspath(folder)!r}"
+            raise ZoError(f"Another zo-gguf works in {where}; wait for it or stop it.") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

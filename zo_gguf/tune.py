@@ -21,7 +21,7 @@ from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.estimator import estimate, is_finite, unit_size
 from zo_gguf.evaluate import EvalResult, measure
-from zo_gguf.files import require_file
+from zo_gguf.files import locked, require_file
 from zo_gguf.interrupt import Interrupt
 from zo_gguf.noise import measure_noise, measure_units
 from zo_gguf.optimizer import check_optimizer, default_learning_rate
@@ -69,7 +69,7 @@ def tune(config: TuneConfig) -> TuneResult:
     }
     config = dataclasses.replace(config, **absolute)
     Run.check_folder(config)
-    return _tune(config, lambda: Run.create(config))
+    return _tune(config, config.output, lambda: Run.create(config))
 
 
 def resume(run: str | os.PathLike[str]) -> TuneResult:
@@ -79,10 +79,12 @@ def resume(run: str | os.PathLike[str]) -> TuneResult:
         ZoError: As `tune`; also when the run's files were altered.
     """
     opened = Run.open(run)
-    return _tune(opened.config, lambda: opened)
+    return _tune(opened.config, run, lambda: opened)
 
 
-def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
+def _tune(
+    config: TuneConfig, folder: str | os.PathLike[str], open_run: Callable[[], Run]
+) -> TuneResult:
     """Open everything, run the loop, report. Nothing is written before all input was read."""
     check_optimizer(config.optimizer)
     require_file(config.model, "model")
@@ -90,29 +92,39 @@ def _tune(config: TuneConfig, open_run: Callable[[], Run]) -> TuneResult:
     with trainable.open_engine() as engine:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
-        run = open_run()
         n = n_features(train, config.n_rows) if config.adjust else 0
-        trajectory = open_trajectory(run, trainable, n)
-        try:
-            run.reload_metrics(trajectory.n_records)
-            state = run.load_state(trainable, trajectory.n_records)
-            trainable.place(state.theta, state.step)
-            trainable.set_units(parse_units(run.config.unit))
-            clip, adjustment = Clip(config.clip), Adjustment(n)
-            for record in trajectory.records():
-                clip.remember(record.directions)
-                adjustment.remember(record.features)
-                if record.step > state.step:
-                    state.apply(record, trainable)
-            session = Session(
-                run, trainable, engine, draw, valid, trajectory, state, clip, adjustment
-            )
-            _resolve(session)
-            with Interrupt() as interrupt:
-                _loop(session, interrupt)
-        finally:
-            trajectory.close()
-        return finish(run, trainable, state)
+        with locked(folder, "run folder"):
+            return _train(open_run(), trainable, engine, draw, valid, n)
+
+
+def _train(
+    run: Run,
+    trainable: Trainable,
+    engine: Engine,
+    draw: Draw,
+    valid: Sequence[Example],
+    n_adjusted: int,
+) -> TuneResult:
+    """Bring back what the run's files hold, run the loop from there, report."""
+    trajectory = open_trajectory(run, trainable, n_adjusted)
+    try:
+        run.reload_metrics(trajectory.n_records)
+        state = run.load_state(trainable, trajectory.n_records)
+        trainable.place(state.theta, state.step)
+        trainable.set_units(parse_units(run.config.unit))
+        clip, adjustment = Clip(run.config.clip), Adjustment(n_adjusted)
+        for record in trajectory.records():
+            clip.remember(record.directions)
+            adjustment.remember(record.features)
+            if record.step > state.step:
+                state.apply(record, trainable)
+        session = Session(run, trainable, engine, draw, valid, trajectory, state, clip, adjustment)
+        _resolve(session)
+        with Interrupt() as interrupt:
+            _loop(session, interrupt)
+    finally:
+        trajectory.close()
+    return finish(run, trainable, state)
 
 
 def _resolve(session: Session) -> None:
