@@ -1,4 +1,4 @@
-// Gains on a GPU: a block per column.
+// Gains on a GPU: a block per tile of columns.
 
 #include "kernels.h"
 
@@ -8,9 +8,11 @@ static constexpr int THREADS = 256;
 
 static __global__ void gain_kernel(const float * factors, int64_t n, const column_tile * tiles, columns y) {
     const column_tile tile = tiles[blockIdx.x];
-    float *           out  = y.at(tile.first);
-    for (int64_t i = threadIdx.x; i < n; i += THREADS) {
-        out[i] *= factors[tile.branch * n + i];
+    for (int column = 0; column < tile.n; ++column) {
+        float * out = y.at(tile.first + column);
+        for (int64_t i = threadIdx.x; i < n; i += THREADS) {
+            out[i] *= factors[tile.branch * n + i];
+        }
     }
 }
 

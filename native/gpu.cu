@@ -12,6 +12,8 @@ namespace zo {
 
 // A block's inputs; more leaves too few blocks side by side.
 static constexpr size_t MOST_SHARED = 64 << 10;
+// What kernels declare beside what they ask for, at most; the two share one limit.
+static constexpr size_t DECLARED_SHARED = 1 << 10;
 // Values of one weight in all branches; beyond, branches are done in turns.
 #ifndef ZO_GPU_MOST_VALUES
 #define ZO_GPU_MOST_VALUES (8 << 20)
@@ -34,8 +36,11 @@ public:
     };
 
     table of(const std::vector<column_range> & ranges, int64_t n_together, cudaStream_t stream) {
+        if (tables_.size() > 16) {  // batches of many sizes came by
+            tables_.clear();
+        }
         std::vector<column_tile> tiles = tiles_of(ranges, n_together);
-        mirror<column_tile> &    kept  = tables_[{ n_together, ranges.back().end }];
+        mirror<column_tile> &    kept  = tables_[{ n_together, ranges.empty() ? 0 : ranges.back().end }];
         return { kept.follow(tiles, stream), (int64_t) tiles.size() };
     }
 
@@ -62,30 +67,32 @@ struct inplace_copy {
 class cuda_gpu final : public gpu {
 public:
     explicit cuda_gpu(int device) : device_(device) {
-        use();
+        const on_device here(device_);
         check(cudaStreamCreateWithFlags(&queue_.stream, cudaStreamNonBlocking), "making a stream");
         queue_.n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
         const int shared         = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        queue_.shared_bytes      = std::min<size_t>((size_t) shared, MOST_SHARED);
+        queue_.shared_bytes      = std::min((size_t) shared, MOST_SHARED) - DECLARED_SHARED;
     }
     ~cuda_gpu() override {
-        if (cudaSetDevice(device_) == cudaSuccess) {
-            cudaStreamDestroy(queue_.stream);
-        }
+        cudaSetDevice(device_);  // the arrays are freed after this
+        cudaStreamDestroy(queue_.stream);
     }
 
     void prepare(const zo_store & store, const sparse_weight & weight,
                  const std::vector<zo_branch> & branches) override {
-        use();
+        const on_device here(device_);
         fill(store, weight, branches, 0);
     }
 
     void add_sparse(const zo_store & store, const sparse_weight & weight,
                     const std::vector<zo_branch> & branches, const columns & x, const columns & y,
                     const std::vector<column_range> & ranges) override {
-        use();
+        const on_device          here(device_);
         const sparse_on_gpu &    entries = sparse(weight);
         const tile_tables::table tiles   = tiles_.of(ranges, entries.n_together, queue_.stream);
+        if (tiles.n == 0) {
+            return;
+        }
         for (size_t first = 0; first < branches.size(); first += at_once(weight, branches)) {
             if (filled_.weight != &weight || filled_.first != first) {
                 fill(store, weight, branches, first);
@@ -98,7 +105,7 @@ public:
 
     void add_lowrank(const lowrank_weight & weight, const columns & x, const columns & y,
                      const std::vector<column_range> & ranges) override {
-        use();
+        const on_device here(device_);
         check_branches(ranges, weight.branches.size());
         lowrank_copy & copy = lowrank_[weight.id];
         copy.branches.resize(std::max(copy.branches.size(), weight.branches.size()));
@@ -115,27 +122,33 @@ public:
             factors[b] = { kept.left.data(), kept.right.data(), kept.rank };
         }
         const tile_tables::table tiles = tiles_.of(ranges, LOWRANK_TOGETHER, queue_.stream);
+        if (tiles.n == 0) {
+            return;
+        }
         lowrank_on_gpu(queue_, copy.table.follow(factors, queue_.stream), weight.n_rows, weight.n_cols,
                        tiles.tiles, tiles.n, x, y);
     }
 
     void multiply(const gain_weight & weight, const columns & y,
                   const std::vector<column_range> & ranges) override {
-        use();
+        const on_device here(device_);
         check_branches(ranges, weight.branches.size());
         std::vector<float> factors(weight.branches.size() * (size_t) weight.n, 1.0f);
         for (size_t b = 0; b < weight.branches.size(); ++b) {
             std::copy(weight.branches[b].begin(), weight.branches[b].end(),
                       factors.begin() + (std::ptrdiff_t) (b * (size_t) weight.n));
         }
-        const tile_tables::table tiles = tiles_.of(ranges, 1, queue_.stream);
+        const tile_tables::table tiles = tiles_.of(ranges, GAIN_TOGETHER, queue_.stream);
+        if (tiles.n == 0) {
+            return;
+        }
         gain_on_gpu(queue_, gains_[weight.id].follow(factors, queue_.stream), weight.n, tiles.tiles, tiles.n,
                     y);
     }
 
     void losses(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
                 double * nll) override {
-        use();
+        const on_device      here(device_);
         std::vector<int32_t> output, first;
         for (size_t i = 0; i < wanted.output.size(); ++i) {
             if (i == 0 || wanted.output[i] != wanted.output[i - 1]) {
@@ -155,9 +168,9 @@ public:
     }
 
     void write(const zo_inplace & inplace, const inplace_tensor & tensor, const zo_branch & branch) override {
-        use();
-        inplace_copy & copy = inplace_[tensor.id];
-        const size_t   n    = (size_t) tensor.field.n_values;
+        const on_device here(device_);
+        inplace_copy &  copy = inplace_[tensor.id];
+        const size_t    n    = (size_t) tensor.field.n_values;
         if (copy.version != inplace.version) {
             copy.theta.upload(inplace.theta.data() + tensor.offset, n, queue_.stream);
             copy.version = inplace.version;
@@ -170,23 +183,21 @@ public:
     }
 
     char * lend(const void * host, size_t n_bytes) override {
-        use();
+        const on_device here(device_);
         lent_.emplace_back();
         lent_.back().upload((const char *) host, n_bytes, queue_.stream);
         return lent_.back().data();
     }
 
-    void fetch(void * host, const char * on_device, size_t n_bytes) override {
-        use();
-        check(cudaMemcpyAsync(host, on_device, n_bytes, cudaMemcpyDeviceToHost, queue_.stream), "a copy");
+    void fetch(void * host, const char * lent, size_t n_bytes) override {
+        const on_device here(device_);
+        check(cudaMemcpyAsync(host, lent, n_bytes, cudaMemcpyDeviceToHost, queue_.stream), "a copy");
         finish();
     }
 
     void finish() override { check(cudaStreamSynchronize(queue_.stream), "a kernel"); }
 
 private:
-    void use() const { check(cudaSetDevice(device_), "choosing it"); }
-
     sparse_on_gpu & sparse(const sparse_weight & weight) {
         std::unique_ptr<sparse_on_gpu> & copy = sparse_[weight.id];
         if (copy == nullptr) {
@@ -255,13 +266,31 @@ private:
 
 }  // namespace
 
+static __global__ void any_kernel() {}
+
+// Whether there is code for a device in this library; the driver may also compile some for a newer one.
+static bool has_kernels(int device) {
+    static std::map<int, bool> known;
+    const auto                 it = known.find(device);
+    if (it != known.end()) {
+        return it->second;
+    }
+    const on_device    here(device);
+    cudaFuncAttributes attributes{};
+    const bool         has = cudaFuncGetAttributes(&attributes, (const void *) any_kernel) == cudaSuccess;
+    cudaGetLastError();
+    known[device] = has;
+    return has;
+}
+
 int gpu_holding(const void * data) {
     cudaPointerAttributes attributes{};
     if (cudaPointerGetAttributes(&attributes, data) != cudaSuccess) {
         cudaGetLastError();  // not ours to report
         return -1;
     }
-    return attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
+    const bool there = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+    return there && has_kernels(attributes.device) ? attributes.device : -1;
 }
 
 int count_gpus() {
@@ -270,7 +299,11 @@ int count_gpus() {
         cudaGetLastError();
         return 0;
     }
-    return n;
+    int usable = 0;
+    while (usable < n && has_kernels(usable)) {
+        ++usable;
+    }
+    return usable;
 }
 
 std::unique_ptr<gpu> make_gpu(int device) {

@@ -55,8 +55,8 @@ struct gpu {
     virtual void finish() = 0;
 
     // A copy of host memory on the device, kept as long as this; and the way back, which waits.
-    virtual char * lend(const void * host, size_t n_bytes)                    = 0;
-    virtual void   fetch(void * host, const char * on_device, size_t n_bytes) = 0;
+    virtual char * lend(const void * host, size_t n_bytes)               = 0;
+    virtual void   fetch(void * host, const char * lent, size_t n_bytes) = 0;
 };
 
 // A device by its number. Throws std::runtime_error if there is none.

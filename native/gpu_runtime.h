@@ -23,6 +23,9 @@
 #define cudaFree hipFree
 #define cudaFuncAttributeMaxDynamicSharedMemorySize hipFuncAttributeMaxDynamicSharedMemorySize
 #define cudaFuncSetAttribute hipFuncSetAttribute
+#define cudaFuncAttributes hipFuncAttributes
+#define cudaFuncGetAttributes hipFuncGetAttributes
+#define cudaGetDevice hipGetDevice
 #define cudaGetDeviceCount hipGetDeviceCount
 #define cudaGetErrorString hipGetErrorString
 #define cudaGetLastError hipGetLastError
@@ -31,6 +34,7 @@
 #define cudaMemcpyDeviceToHost hipMemcpyDeviceToHost
 #define cudaMemcpyHostToDevice hipMemcpyHostToDevice
 #define cudaMemoryTypeDevice hipMemoryTypeDevice
+#define cudaMemoryTypeManaged hipMemoryTypeManaged
 #define cudaPointerAttributes hipPointerAttribute_t
 #define cudaPointerGetAttributes hipPointerGetAttributes
 #define cudaSetDevice hipSetDevice
@@ -57,6 +61,7 @@ constexpr int LANES = 32;
 
 inline void check(cudaError_t status, const char * what) {
     if (status != cudaSuccess) {
+        cudaGetLastError();  // said here, and not of what comes next
         throw std::runtime_error(std::string(what) + " on the GPU failed: " + cudaGetErrorString(status));
     }
 }
@@ -79,6 +84,29 @@ __device__ inline T lane_xor(T value, int mask) {
 #endif
 }
 #endif
+
+// Makes a device the current one, for as long as this lives: the engine may count on its own.
+class on_device {
+public:
+    explicit on_device(int device) {
+        check(cudaGetDevice(&before_), "asking which is in use");
+        if (device != before_) {
+            check(cudaSetDevice(device), "choosing it");
+            changed_ = true;
+        }
+    }
+    on_device(const on_device &)             = delete;
+    on_device & operator=(const on_device &) = delete;
+    ~on_device() {
+        if (changed_) {
+            cudaSetDevice(before_);
+        }
+    }
+
+private:
+    int  before_  = 0;
+    bool changed_ = false;
+};
 
 // n values of T in a device's memory; the device must be the current one.
 template <typename T>
@@ -124,8 +152,9 @@ public:
     const T * follow(const std::vector<T> & now, cudaStream_t stream) {
         const size_t n_bytes = now.size() * sizeof(T);
         if (now.size() != host_.size() || std::memcmp(now.data(), host_.data(), n_bytes) != 0) {
+            host_.clear();  // so that a failure is no success the next time
+            device_.upload(now.data(), now.size(), stream);
             host_ = now;
-            device_.upload(host_.data(), host_.size(), stream);
         }
         return device_.data();
     }

@@ -324,15 +324,13 @@ bool zo_hook::on_node(ggml_tensor * node) {
 }
 
 bool zo_hook::wants(const ggml_tensor * node) {
-    if (open && OUTPUT_NODE == node->name) {
-        return true;
-    }
+    const bool output = open && OUTPUT_NODE == node->name;
     if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID) {
-        return find_gain(node) != nullptr;
+        return output || find_gain(node) != nullptr;
     }
     const overlays added = find(node);
     prepare(node, added);
-    return added.any();
+    return output || added.any();
 }
 
 bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {

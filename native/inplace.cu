@@ -29,8 +29,10 @@ static __global__ void write_kernel(live_values values, bool rademacher, zo_bran
         if (values.base != nullptr) {
             live = live_value(field.relative, values.base[i], live);
         }
-        char * place =
-            bytes + i / field.n_per_block * field.block_bytes + field.offset[i % field.n_per_block];
+        const int     shift = field.n_per_block - 1;  // of one or two
+        const int64_t block = i >> shift;
+        char *        place =
+            bytes + block * field.block_bytes + ((i & shift) != 0 ? field.offset[1] : field.offset[0]);
         if (field.storage == ZO_F32) {
             memcpy(place, &live, sizeof live);
         } else {

@@ -28,24 +28,26 @@ std::vector<column_tile> tiles_of(const std::vector<column_range> & ranges, int6
 
 // ---- sparse -----------------------------------------------------------------------------------------
 
-// Consecutive entries of one row: all of them whose columns are staged together.
+// Consecutive entries of one row.
 struct row_part {
     int32_t row, first, end;
 };
 
-// Parts [first, first + n_long) of the weight are long ones, then n_short short ones; they read the places
-// [first_place, first_place + n_places) of the weight's used columns.
+// What is copied to shared memory at a time: the used columns [first_place, first_place + n_places), which
+// the parts [first, first + n_parts) read.
 struct column_chunk {
     int32_t first_place, n_places;
-    int32_t first, n_long, n_short;
+    int32_t first, n_parts;
 };
 
-// The entries of a weight as the kernel visits them. Columns that have entries are numbered by `place`.
+// The entries of a weight as the kernel visits them. Rows of many entries read their columns of x where they
+// lie, one after the other; the others share a copy of the columns that any of them uses.
 struct sparse_layout {
-    std::vector<int32_t>      used;   // [places] the column of each
-    std::vector<int32_t>      place;  // [nnz], relative to its chunk
-    std::vector<row_part>     parts;
+    std::vector<int32_t>      used;   // columns of short rows
+    std::vector<int32_t>      place;  // [nnz]: the column in a long row, else its place in the chunk
+    std::vector<row_part>     parts;  // whole long rows, then short ones by chunks
     std::vector<column_chunk> chunks;
+    int32_t                   n_long     = 0;
     int                       n_together = 4;  // tokens of a tile: 4, 8 or 16
     size_t                    shared     = 0;  // bytes that a tile's inputs take
 
@@ -59,6 +61,7 @@ struct sparse_on_gpu {
     device_array<column_chunk> chunks;
     device_array<int32_t>      entry_row, entry_column;  // [nnz], once a branch has signs
     int64_t                    nnz, n_rows;
+    int32_t                    n_long;
     int                        n_chunks, n_together;
     size_t                     shared;
     uint32_t                   tensor;  // the noise's number
@@ -89,7 +92,9 @@ void lowrank_on_gpu(const gpu_queue & queue, const factors_on_gpu * factors, int
 
 // ---- gains ------------------------------------------------------------------------------------------
 
-// y *= factors[branch]; tiles of one column.
+constexpr int GAIN_TOGETHER = 64;  // columns of a tile
+
+// y *= factors[branch].
 void gain_on_gpu(const gpu_queue & queue, const float * factors, int64_t n, const column_tile * tiles,
                  int64_t n_tiles, const columns & y);
 

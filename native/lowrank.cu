@@ -10,6 +10,8 @@ static constexpr int WARPS   = THREADS / LANES;
 static constexpr int RANKS   = 8;  // at a time: the sums of a thread stay in registers
 static constexpr int TOKENS  = LOWRANK_TOGETHER;
 
+static constexpr int MOST_RANKS = 32;  // between two looks at y
+
 // Adds up N sums of every lane over all lanes: they swap halves, so that each ends with the totals from
 // `line` on. That takes a fifth of the exchanges of adding up one sum after the other.
 template <int N>
@@ -70,7 +72,7 @@ static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_
     __shared__ const float * in[TOKENS];
     __shared__ float *       out[TOKENS];
     __shared__ float         partial[WARPS][RANKS * TOKENS];
-    __shared__ float         inner[RANKS * TOKENS];
+    __shared__ float         inner[MOST_RANKS * TOKENS];
 
     const column_tile    tile   = tiles[blockIdx.x];
     const factors_on_gpu factor = factors[tile.branch];
@@ -80,14 +82,20 @@ static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_
         in[thread]          = x.at(token);
         out[thread]         = y.at(token);
     }
-    __syncthreads();
-    for (int64_t first = 0; first < factor.rank; first += RANKS) {
-        const int n_ranks = factor.rank - first < RANKS ? (int) (factor.rank - first) : RANKS;
-        // Its barriers also keep `inner` until all have read it.
-        multiply_right(factor.right + first * n_cols, n_ranks, n_cols, in, partial, inner);
+    for (int64_t first = 0; first < factor.rank; first += MOST_RANKS) {
+        const int n_ranks = factor.rank - first < MOST_RANKS ? (int) (factor.rank - first) : MOST_RANKS;
+        __syncthreads();  // pointers are there, and all have read `inner`
+        for (int r = 0; r < n_ranks; r += RANKS) {
+            multiply_right(factor.right + (first + r) * n_cols, n_ranks - r, n_cols, in, partial,
+                           inner + r * TOKENS);
+        }
         const float * left = factor.left + first * n_rows;
         for (int64_t row = thread; row < n_rows; row += THREADS) {
-            float sum[TOKENS] = {};
+            float sum[TOKENS];
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                sum[t] = out[t][row];
+            }
             for (int r = 0; r < n_ranks; ++r) {
                 const float value = left[r * n_rows + row];
 #pragma unroll
@@ -95,8 +103,11 @@ static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_
                     sum[t] = fmaf(value, inner[r * TOKENS + t], sum[t]);
                 }
             }
-            for (int t = 0; t < tile.n; ++t) {
-                out[t][row] += sum[t];
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                if (t < tile.n) {
+                    out[t][row] = sum[t];
+                }
             }
         }
     }

@@ -1,8 +1,8 @@
 // The sparse overlay on a GPU.
 //
-// A block takes a tile of tokens, copies the columns of x that entries meet into shared memory, four tokens
-// side by side, and adds up rows from there: a thread per short row, a warp per long one. Every sum has one
-// order, whatever the grid, so two runs give the same bits.
+// A block takes a tile of tokens. Warps add up long rows; then the columns of x that short rows meet are
+// copied into shared memory, four tokens side by side, and a thread adds up each row from there. Every sum
+// has one order, whatever the grid, so two runs give the same bits.
 
 #include <algorithm>
 
@@ -13,6 +13,8 @@ namespace zo {
 
 static constexpr int THREADS = 256;
 static constexpr int LONG    = 64;  // entries from which on a warp shares a row
+
+static constexpr size_t FREE_SHARED = 47 << 10;  // beside what the kernel declares; more must be asked for
 
 std::vector<column_tile> tiles_of(const std::vector<column_range> & ranges, int64_t n_together) {
     std::vector<column_tile> tiles;
@@ -42,11 +44,27 @@ static std::vector<int32_t> columns_of(const sparse_weight & weight) {
 }
 
 sparse_layout::sparse_layout(const sparse_weight & weight, size_t shared_limit) {
-    const std::vector<int32_t> row = rows_of(weight), column = columns_of(weight);
-    std::vector<int32_t>       place_of((size_t) weight.n_cols, -1);
-    for (const int32_t c : column) {
-        place_of[(size_t) c] = 0;
+    const std::vector<int32_t> row = rows_of(weight);
+    place                          = columns_of(weight);
+    const int32_t         nnz      = (int32_t) weight.nnz();
+    std::vector<row_part> shorts;
+    std::vector<int32_t>  place_of((size_t) weight.n_cols, -1);
+    for (int32_t e = 0; e < nnz;) {
+        const int32_t first = e;
+        while (e < nnz && row[(size_t) e] == row[(size_t) first]) {
+            ++e;
+        }
+        const row_part whole{ row[(size_t) first], first, e };
+        if (e - first >= LONG) {
+            parts.push_back(whole);
+            continue;
+        }
+        shorts.push_back(whole);
+        for (int32_t i = first; i < e; ++i) {
+            place_of[(size_t) place[(size_t) i]] = 0;
+        }
     }
+    n_long = (int32_t) parts.size();
     for (int32_t c = 0; c < (int32_t) weight.n_cols; ++c) {
         if (place_of[(size_t) c] == 0) {
             place_of[(size_t) c] = (int32_t) used.size();
@@ -58,31 +76,28 @@ sparse_layout::sparse_layout(const sparse_weight & weight, size_t shared_limit) 
     const auto    fits     = [&](size_t n) { return (size_t) n_places * n * sizeof(float) <= shared_limit; };
     n_together             = fits(16) ? 16 : fits(8) ? 8 : 4;
     const size_t  bytes    = (size_t) n_together * sizeof(float);
-    const int32_t at_once  = std::min(n_places, (int32_t) (shared_limit / bytes));
-    shared                 = (size_t) at_once * bytes;
+    const int32_t at_once  = std::max(1, std::min(n_places, (int32_t) (shared_limit / bytes)));
+    shared                 = n_places > 0 ? (size_t) at_once * bytes : 0;
 
-    const size_t                       n_chunks = (size_t) ((n_places + at_once - 1) / at_once);
-    std::vector<std::vector<row_part>> longs(n_chunks), shorts(n_chunks);
-    const int32_t                      nnz = (int32_t) weight.nnz();
-    place.resize((size_t) nnz);
-    for (int32_t e = 0; e < nnz;) {
-        const int32_t first = e, chunk = place_of[(size_t) column[(size_t) e]] / at_once;
-        for (; e < nnz && row[(size_t) e] == row[(size_t) first]; ++e) {
-            const int32_t at = place_of[(size_t) column[(size_t) e]];
-            if (at / at_once != chunk) {
-                break;
+    std::vector<std::vector<row_part>> by_chunk((size_t) ((n_places + at_once - 1) / at_once));
+    for (const row_part & whole : shorts) {
+        for (int32_t e = whole.first; e < whole.end;) {
+            const int32_t first = e, chunk = place_of[(size_t) place[(size_t) e]] / at_once;
+            for (; e < whole.end; ++e) {
+                const int32_t at = place_of[(size_t) place[(size_t) e]];
+                if (at / at_once != chunk) {
+                    break;
+                }
+                place[(size_t) e] = at % at_once;
             }
-            place[(size_t) e] = at % at_once;
+            by_chunk[(size_t) chunk].push_back({ whole.row, first, e });
         }
-        (e - first >= LONG ? longs : shorts)[(size_t) chunk].push_back({ row[(size_t) first], first, e });
     }
-    for (size_t chunk = 0; chunk < n_chunks; ++chunk) {
-        const std::vector<row_part> &l = longs[chunk], &s = shorts[chunk];
-        const int32_t                first = (int32_t) chunk * at_once;
-        chunks.push_back({ first, std::min(at_once, n_places - first), (int32_t) parts.size(),
-                           (int32_t) l.size(), (int32_t) s.size() });
-        parts.insert(parts.end(), l.begin(), l.end());
-        parts.insert(parts.end(), s.begin(), s.end());
+    for (const std::vector<row_part> & chunk : by_chunk) {
+        const int32_t first = (int32_t) chunks.size() * at_once;
+        chunks.push_back(
+            { first, std::min(at_once, n_places - first), (int32_t) parts.size(), (int32_t) chunk.size() });
+        parts.insert(parts.end(), chunk.begin(), chunk.end());
     }
 }
 
@@ -116,23 +131,44 @@ struct alignas(16) tokens4 {
     float value[4];
 };
 
-static __device__ inline void add_scaled(tokens4 & sum, float value, const tokens4 & x) {
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        sum.value[t] = fmaf(value, x.value[t], sum.value[t]);
-    }
-}
-
 struct sparse_view {
     const int32_t *      used;
     const int32_t *      place;
     const row_part *     parts;
     const column_chunk * chunks;
+    int32_t              n_long;
     int                  n_chunks;
     int64_t              nnz;
 };
 
-// GROUPS times four tokens in a tile. Blocks with the same blockIdx.x share a tile's rows.
+// A warp's sum over one long row, for all tokens of the tile; lane t ends with that of token t.
+template <int TOGETHER>
+static __device__ float long_row(const sparse_view & w, const row_part & part, const float * value,
+                                 const float * const * in, int lane) {
+    float sum[TOGETHER] = {};
+    for (int32_t e = part.first + lane; e < part.end; e += LANES) {
+        const float   factor = value[e];
+        const int32_t column = w.place[e];
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) {
+            sum[t] = fmaf(factor, in[t][column], sum[t]);
+        }
+    }
+    float mine = 0;
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t) {
+        float total = sum[t];
+        for (int mask = LANES / 2; mask > 0; mask /= 2) {
+            total += lane_xor(total, mask);
+        }
+        mine = lane == t ? total : mine;
+    }
+    return mine;
+}
+
+// GROUPS times four tokens in a tile. Blocks with the same blockIdx.x share a tile's rows. Tokens beyond the
+// tile's repeat its first one and are dropped. What is read is read before anything is written, so that many
+// reads are under way at a time.
 template <int GROUPS>
 static __global__ void apply_kernel(sparse_view w, const float * values, int32_t first_branch,
                                     int32_t n_branches, const column_tile * tiles, columns x, columns y) {
@@ -149,54 +185,59 @@ static __global__ void apply_kernel(sparse_view w, const float * values, int32_t
     const int thread = (int) threadIdx.x, lane = thread % LANES;
     const int share = (int) blockIdx.y, n_shares = (int) gridDim.y;
     if (thread < TOGETHER) {
-        const int64_t token = tile.first + (thread < tile.n ? thread : 0);  // the rest is dropped
+        const int64_t token = tile.first + (thread < tile.n ? thread : 0);
         in[thread]          = x.at(token);
         out[thread]         = y.at(token);
     }
+    __syncthreads();
     const float * const value = values + (int64_t) line * w.nnz;
+    for (int i = share * WARPS + thread / LANES; i < w.n_long; i += n_shares * WARPS) {
+        const row_part part = w.parts[i];
+        const float    sum  = long_row<TOGETHER>(w, part, value, in, lane);
+        if (lane < tile.n) {
+            out[lane][part.row] += sum;
+        }
+    }
     for (int c = 0; c < w.n_chunks; ++c) {
         const column_chunk chunk = w.chunks[c];
-        __syncthreads();  // pointers are there, and nobody reads the last chunk any more
+        __syncthreads();  // nobody reads the last chunk any more
         for (int p = thread; p < chunk.n_places; p += THREADS) {
             const int32_t column = w.used[chunk.first_place + p];
+            tokens4       copy[GROUPS];
+#pragma unroll
+            for (int t = 0; t < TOGETHER; ++t) {
+                copy[t / 4].value[t % 4] = in[t][column];
+            }
+#pragma unroll
             for (int g = 0; g < GROUPS; ++g) {
-                for (int t = 0; t < 4; ++t) {
-                    staged[g * chunk.n_places + p].value[t] = in[4 * g + t][column];
-                }
+                staged[g * chunk.n_places + p] = copy[g];
             }
         }
         __syncthreads();
-        for (int i = share * WARPS + thread / LANES; i < chunk.n_long; i += n_shares * WARPS) {
-            const row_part part        = w.parts[chunk.first + i];
-            tokens4        sum[GROUPS] = {};
-            for (int32_t e = part.first + lane; e < part.end; e += LANES) {
-                for (int g = 0; g < GROUPS; ++g) {
-                    add_scaled(sum[g], value[e], staged[g * chunk.n_places + w.place[e]]);
-                }
+        for (int i = share * THREADS + thread; i < chunk.n_parts; i += n_shares * THREADS) {
+            const row_part part = w.parts[chunk.first + i];
+            float          sum[TOGETHER];
+#pragma unroll
+            for (int t = 0; t < TOGETHER; ++t) {
+                sum[t] = out[t][part.row];
             }
-            for (int g = 0; g < GROUPS; ++g) {
-                for (int t = 0; t < 4; ++t) {
-                    float total = sum[g].value[t];
-                    for (int mask = LANES / 2; mask > 0; mask /= 2) {
-                        total += lane_xor(total, mask);
-                    }
-                    if (lane == 0 && 4 * g + t < tile.n) {
-                        out[4 * g + t][part.row] += total;
-                    }
-                }
-            }
-        }
-        for (int i = share * THREADS + thread; i < chunk.n_short; i += n_shares * THREADS) {
-            const row_part part        = w.parts[chunk.first + chunk.n_long + i];
-            tokens4        sum[GROUPS] = {};
+            tokens4 added[GROUPS] = {};
             for (int32_t e = part.first; e < part.end; ++e) {
+                const float     factor = value[e];
+                const tokens4 * from   = staged + w.place[e];
+#pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
-                    add_scaled(sum[g], value[e], staged[g * chunk.n_places + w.place[e]]);
+                    const tokens4 four = from[g * chunk.n_places];
+#pragma unroll
+                    for (int t = 0; t < 4; ++t) {
+                        added[g].value[t] = fmaf(factor, four.value[t], added[g].value[t]);
+                    }
                 }
             }
-            for (int g = 0; g < GROUPS; ++g) {
-                for (int t = 0; t < 4 && 4 * g + t < tile.n; ++t) {
-                    out[4 * g + t][part.row] += sum[g].value[t];
+#pragma unroll
+            for (int t = 0; t < TOGETHER; ++t) {
+                if (t < tile.n) {
+                    out[t][part.row] = sum[t] + added[t / 4].value[t % 4];
                 }
             }
         }
@@ -205,7 +246,6 @@ static __global__ void apply_kernel(sparse_view w, const float * values, int32_t
 
 template <int GROUPS>
 static void allow_shared(const gpu_queue & queue) {
-    // More than 48 KiB have to be asked for.
     check(cudaFuncSetAttribute((const void *) apply_kernel<GROUPS>,
                                cudaFuncAttributeMaxDynamicSharedMemorySize, (int) queue.shared_bytes),
           "asking for shared memory");
@@ -218,15 +258,18 @@ sparse_on_gpu::sparse_on_gpu(const sparse_weight & weight, const gpu_queue & que
     place.upload(layout.place.data(), layout.place.size(), queue.stream);
     parts.upload(layout.parts.data(), layout.parts.size(), queue.stream);
     chunks.upload(layout.chunks.data(), layout.chunks.size(), queue.stream);
+    n_long     = layout.n_long;
     n_chunks   = (int) layout.chunks.size();
     n_together = layout.n_together;
     shared     = layout.shared;
-    (n_together == 16 ? allow_shared<4> : n_together == 8 ? allow_shared<2> : allow_shared<1>) (queue);
+    if (shared > FREE_SHARED) {
+        (n_together == 16 ? allow_shared<4> : n_together == 8 ? allow_shared<2> : allow_shared<1>) (queue);
+    }
     check(cudaStreamSynchronize(queue.stream), "a copy");  // before `layout` goes
 }
 
 void sparse_on_gpu::locate_entries(const sparse_weight & weight, const gpu_queue & queue) {
-    if (entry_row.size() == 0) {
+    if (entry_column.size() == 0) {
         const std::vector<int32_t> row = rows_of(weight), column = columns_of(weight);
         entry_row.upload(row.data(), row.size(), queue.stream);
         entry_column.upload(column.data(), column.size(), queue.stream);
@@ -247,11 +290,11 @@ void sparse_on_gpu::apply(const gpu_queue & queue, const float * values, int32_t
     // Few tiles leave a GPU idle, so blocks share them; the parts of a row in several chunks must not be
     // added by different blocks.
     int64_t n_shares = 1;
-    if (n_chunks == 1) {
+    if (n_chunks <= 1) {
         const int64_t most = ((int64_t) parts.size() + THREADS - 1) / THREADS;
-        n_shares           = std::max<int64_t>(1, std::min(4 * queue.n_multiprocessors / n_tiles, most));
+        n_shares           = std::max<int64_t>(1, std::min(8 * queue.n_multiprocessors / n_tiles, most));
     }
-    const sparse_view view{ used.data(), place.data(), parts.data(), chunks.data(), n_chunks, nnz };
+    const sparse_view view{ used.data(), place.data(), parts.data(), chunks.data(), n_long, n_chunks, nnz };
     const dim3        grid((unsigned) n_tiles, (unsigned) n_shares);
     const auto        kernel = n_together == 16  ? apply_kernel<4>
                                : n_together == 8 ? apply_kernel<2>

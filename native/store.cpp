@@ -167,6 +167,14 @@ const float * zo_store::noise(uint64_t seed) {
     return it->second.data();
 }
 
+bool zo_store::copy_noise(uint64_t seed, float * z) const {
+    const auto it = noise_.find(seed);
+    if (it != noise_.end()) {
+        std::copy(it->second.begin(), it->second.end(), z);
+    }
+    return it != noise_.end();
+}
+
 const float * zo_store::branch_values(const zo::sparse_weight & weight, const zo_branch & branch) {
     const float * masters = theta.data() + weight.offset;
     if (branch.scale == 0) {
@@ -296,7 +304,9 @@ zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float 
             return fail(ZO_ARGUMENT, "zo_store_noise got a null pointer");
         }
         store->keep_noise({ seed });
-        std::memcpy(z, store->noise(seed), store->theta.size() * sizeof(float));
+        if (!store->copy_noise(seed, z)) {
+            store->fill_noise(seed, z);
+        }
         if (signs != 0) {
             for (const zo::sparse_weight & weight : store->weights) {
                 store->flip(weight, signs, z + weight.offset);

@@ -55,6 +55,8 @@ struct zo_store : zo::named_weights<zo::sparse_weight> {
     // z(seed) of all entries. Kept until other seeds are wanted, because the two branches of a
     // symmetric probe and the commit that follows ask for the same one.
     const float * noise(uint64_t seed);
+    // The same, if it is kept.
+    bool copy_noise(uint64_t seed, float * z) const;
     // Drops cached noise beyond the given seeds, so that at most those are held.
     void keep_noise(const std::vector<uint64_t> & seeds);
     void fill_noise(uint64_t seed, float * z) const;

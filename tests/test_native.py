@@ -90,6 +90,30 @@ def test_noise_is_standard_normal_and_uncorrelated() -> None:
         assert abs((z * other).mean()) < 5 / np.sqrt(n)
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "n_cols", "density"), [(40, 14_000, 0.3), (600, 4100, 0.01), (5000, 4096, 0.002)]
+)
+def test_overlay_on_wide_matrices(n_rows: int, n_cols: int, density: float, device: int) -> None:
+    """What a 7B model has: long rows, and more columns than a GPU's block can hold at a time."""
+    rng = np.random.default_rng(0)
+    dense = rng.random((n_rows, n_cols), np.float32) < density
+    indices = np.flatnonzero(dense)
+    theta = rng.standard_normal(indices.size).astype(np.float32)
+    x = rng.standard_normal((19, n_cols)).astype(np.float32)
+    y = np.zeros((19, n_rows), np.float32)
+    store = Store(native_library(), 2)
+    store.add("w", (n_rows, n_cols), indices, theta)
+    native_library().call(
+        "zo_store_apply", store.handle, b"w", Branch(0, 0, 0.0), len(x), pointer(x, c_float),
+        n_cols, pointer(y, c_float), n_rows, device,
+    )  # fmt: skip
+    store.free()
+    expected = np.zeros(y.shape)
+    products = theta.astype(np.float64) * x[:, indices % n_cols]
+    np.add.at(expected, (slice(None), indices // n_cols), products)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.sqrt(n_cols))
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 15, 16, 17, 70])
 @pytest.mark.parametrize(
     ("n_rows", "n_cols", "density"),

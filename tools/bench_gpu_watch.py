@@ -149,9 +149,7 @@ def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict
     command = [sys.executable, str(TOOLS / script), json.dumps(job)]
     # CUDA's numbers are to be nvidia-smi's.
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES=first_gpu(), CUDA_DEVICE_ORDER="PCI_BUS_ID")
-    environment.pop("GGML_CUDA_DISABLE_GRAPHS", None)  # any value counts as set
-    if not cuda_graphs:
-        environment["GGML_CUDA_DISABLE_GRAPHS"] = "1"
+    environment["GGML_CUDA_DISABLE_GRAPHS"] = "0" if cuda_graphs else "1"  # see zo_gguf.llama
     with watching(job["device"] == "cuda") as watch:
         started = time.monotonic()
         with subprocess.Popen(

@@ -68,6 +68,8 @@ def load_model(
     Raises:
         ZoError: llama.cpp refuses the file; the sentence ends with its reason.
     """
+    if n_gpu_layers != 0:
+        _choose_cuda_graphs()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     if writable:
@@ -80,6 +82,18 @@ def load_model(
         reason = messages[0] if messages else "no reason given"
         raise ZoError(f"llama.cpp cannot load {str(path)!r}: {reason}")
     return model
+
+
+def _choose_cuda_graphs() -> None:
+    """No CUDA graphs, unless GGML_CUDA_DISABLE_GRAPHS is 0.
+
+    A hooked graph runs in hundreds of pieces; to capture each of them costs more than it saves.
+    """
+    name = "GGML_CUDA_DISABLE_GRAPHS"
+    if os.environ.get(name) == "0":
+        os.unsetenv(name)  # for llama.cpp: any value, this one too, would switch them off
+    else:
+        os.environ[name] = "1"
 
 
 def load_adapter(model: Any, path: Path) -> Any:

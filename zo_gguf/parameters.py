@@ -171,6 +171,8 @@ class Parameters:
         Raises:
             ZoError: `signs` is given, and not all parameters are sparse entries.
         """
+        if self._store is not None and not self.delta.edits:
+            return self._store.noise(seed, signs)
         z = np.zeros(self.size, np.float32)
         if self._store is not None:
             z[: self._store.size] = self._store.noise(seed, signs)

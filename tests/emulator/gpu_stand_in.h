@@ -168,7 +168,8 @@ using cudaStream_t = void *;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-enum { cudaMemoryTypeDevice = 2 };
+enum { cudaMemoryTypeDevice = 2, cudaMemoryTypeManaged = 3 };
+struct cudaFuncAttributes {};
 enum { cudaStreamNonBlocking = 1, cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaPointerAttributes {
     int type, device;
@@ -184,13 +185,21 @@ inline int cudaGetDeviceCount(int * n) {
     *n = 1;
     return cudaSuccess;
 }
+inline int cudaGetDevice(int * device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline int cudaFuncGetAttributes(cudaFuncAttributes *, const void *) {
+    return cudaSuccess;
+}
 inline int cudaSetDevice(int) {
     return cudaSuccess;
 }
 inline int cudaDeviceGetAttribute(int * value, cudaDeviceAttr which, int) {
     // Small on purpose, so that small models take the ways of large ones.
     const char * shared = std::getenv("ZO_STAND_IN_SHARED");
-    *value = which == cudaDevAttrMultiProcessorCount ? 2 : shared != nullptr ? std::atoi(shared) : 4096;
+    *value =
+        which == cudaDevAttrMultiProcessorCount ? 2 : (shared != nullptr ? std::atoi(shared) : 4096) + 1024;
     return cudaSuccess;
 }
 inline int cudaMalloc(void ** data, size_t n_bytes) {
@@ -232,6 +241,10 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int n_threads, size_t shared_bytes, cudaStream_t,
             Arguments... arguments) {
     stand_in::machine & m = stand_in::machine::get();
+    if (shared_bytes > (63 << 10)) {
+        std::fprintf(stderr, "a block asks for more shared memory than there is beside what it declares\n");
+        std::abort();
+    }
     m.shared.assign(shared_bytes, 0x7F);
     m.block_size = dim3((unsigned) n_threads);
     m.grid_size  = grid;
