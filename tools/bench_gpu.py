@@ -109,13 +109,15 @@ def memory_cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def step_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """A step against two plain passes; once with CUDA graphs."""
+    """A step against two plain passes; also with both probes in a decode, and with CUDA graphs."""
     for size in options.sizes:
         for quant in options.quants:
             for mask, path in PATHS:
                 job = of_model(options, size, quant) | {"job": "step", "mask": mask, "path": path}
                 key = f"step {size} {quant} {mask} {path}"
                 yield Case("step", key, job)
+                if path == "hook":
+                    yield Case("step", f"{key} paired", job | {"probes_per_decode": 2})
                 if options.device == "cuda" and (size, quant) == (options.sizes[0], "Q4_0"):
                     yield Case("step", f"{key} graphs", job, cuda_graphs=True)
 

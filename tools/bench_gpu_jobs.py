@@ -166,9 +166,11 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     from zo_gguf.trajectory import Direction
 
     file = GgufFile(Path(job["model"]))
+    width = job.get("probes_per_decode", 1)
     engine = Engine(
         file, mask=make_mask(file, job["mask"]), n_threads=job["threads"], path=job["path"],
-        ctx_tokens=job.get("ctx_tokens", job["examples"] * job["tokens"]),
+        ctx_tokens=job.get("ctx_tokens", width * job["examples"] * job["tokens"]),
+        probes_per_decode=width,
         n_gpu_layers=job["n_gpu_layers"], kv_layout=job.get("kv_layout", "unified"),
     )  # fmt: skip
     examples = make_examples(job["examples"], job["tokens"] + 1, job["shape"]["vocab"])

@@ -119,12 +119,14 @@ def _memory(cases: Entries) -> Iterator[list[str]]:
 
 
 def _step(cases: Entries) -> Iterator[list[str]]:
-    header = ["model", "quant", "mask", "path", "CUDA graphs", "step, ms", "a forward, ms"]
+    header = ["model", "quant", "mask", "path", "probes a decode", "CUDA graphs", "step, ms"]
+    header += ["a forward, ms"]
     header += ["ratio", "quartiles", "target", "parameters"]
     yield header
     for key, _, result in _of(cases, "step"):
-        _, size, quant, mask, path, *graphs = key.split()
-        first = [size, quant, mask, path, "on" if graphs else "off"]
+        _, size, quant, mask, path, *more = key.split()
+        first = [size, quant, mask, path, "2" if "paired" in more else "1"]
+        first.append("on" if "graphs" in more else "off")
         if "error" in result:
             yield _failed(first, result, len(header))
             continue
@@ -198,7 +200,7 @@ def _fastest(cases: Entries, size: str) -> tuple[float, list[str], str] | None:
 
 
 def _held_by_ours(cases: Entries, step_key: str) -> str:
-    entry = cases.get(step_key.replace("step", "memory", 1))
+    entry = cases.get(step_key.replace("step", "memory", 1).removesuffix(" paired"))
     held = bytes_held(entry["job"], entry["result"]) if entry else None
     return f"{held[0] / _GIB:.2f}" if held else ""
 
