@@ -45,6 +45,18 @@ def natural(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estim
     return plus, minus, list(np.linalg.inv(damped) @ slopes)
 
 
+def natural_one_sided(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
+    here, there = loss(theta), [loss(theta + eps * z) for z in steps]
+    means = [np.mean([row.mean() for row in found]) for found in (here, *there)]
+    information = np.zeros((len(steps), len(steps)))
+    for row in range(len(here)):
+        tokens = np.array([(found[row] - here[row]) / eps for found in there])
+        information += tokens @ tokens.T / tokens.shape[1] / len(here)
+    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
+    slopes = [(mean - means[0]) / eps for mean in means[1:]]
+    return means[1:], [means[0]] * len(steps), list(np.linalg.inv(damped) @ slopes)
+
+
 def fzoo(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
     assert all((np.abs(z) == 1).all() for z in steps)
     here = float(rows(loss, theta).mean())

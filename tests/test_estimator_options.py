@@ -18,8 +18,10 @@ from zo_gguf.trajectory import Direction, Record, Trajectory
 # ---- options -------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwards
-    ({}, 16, 32),
-    ({"directions": 5}, 5, 10),
+    ({}, 16, 17),
+    ({"sides": 1}, 16, 17),
+    ({"sides": 2}, 16, 32),
+    ({"directions": 5}, 5, 6),
     ({"estimator": "spsa"}, 1, 2),
     ({"estimator": "spsa", "curvature": True}, 1, 3),
     ({"estimator": "spsa", "curvature": True, "directions": 4}, 4, 9),
@@ -52,6 +54,9 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
         ({"estimator": "fzoo", "curvature": True}, "--curvature needs.*spsa, not fzoo"),
         ({"estimator": "natural", "adjust": True}, "--adjust needs.*spsa, not natural"),
         ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo' or 'grzo'"),
+        ({"estimator": "spsa", "sides": 1}, "spsa probes 2 side"),
+        ({"estimator": "fzoo", "sides": 2}, "fzoo probes 1 side"),
+        ({"sides": 3}, "sides must be less than 3"),
         ({"directions": 0}, "directions must be at least 1"),
         ({"clip": 0}, "clip must be greater than 0"),
         ({"clip": "sometimes"}, "clip must be a number or 'adaptive'"),

@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from estimator_formulas import Estimates, Loss, Vector, curvature, fzoo, grzo, natural, spsa
+from estimator_formulas import (
+    Estimates,
+    Loss,
+    Vector,
+    curvature,
+    fzoo,
+    grzo,
+    natural,
+    natural_one_sided,
+    spsa,
+)
 from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 from torch.func import functional_call
@@ -179,7 +189,8 @@ CASES = [
     Case("block-scale", "Q8_0", 4e-5, {"absolute": True}),
     Case("sensitive+block-scale", "Q8_0", 0.01, {"unit": ["sparse=0.5", "scale=6"]}),
     Case("sensitive", "F16", 0.02, {"curvature": True, "directions": 3}, curvature),
-    Case("sensitive", "F16", 0.005, {"estimator": "natural", "directions": 5}, natural),
+    Case("sensitive", "F16", 0.005, {"estimator": "natural", "directions": 5, "sides": 2}, natural),
+    Case("sensitive", "F16", 0.005, {"estimator": "natural", "directions": 5}, natural_one_sided),
     Case("sensitive", "F16", 0.005, {"estimator": "fzoo", "directions": 4}, fzoo),
     Case("sensitive", "F16", 0.005, {"estimator": "grzo"}, grzo),
 ]

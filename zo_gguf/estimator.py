@@ -6,8 +6,8 @@ Each returns directions whose mean of projected_grad * z is the step's estimate:
   directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0. With
   `curvature` (1.5-SPSA, "Probe-space preconditioning", 2026) a direction of curvature
   c = (L+ - 2 L0 + L-) / eps^2 gets the weight max(1, |c|)^-0.1.
-- natural: the same probes, combined to the natural gradient in the span of the step's directions
-  (see `natural`).
+- natural: the same probes, or those on one side and one at theta, combined to the natural gradient
+  in the span of the step's directions (see `natural`).
 - fzoo (arXiv 2506.09034): one-sided Rademacher probes, (L_i - L0) divided by the standard deviation
   of the L_i, so that a step has about the same length whatever the loss.
 - grzo (arXiv 2606.02857): two forwards in which every row has a direction of its own, made from one
@@ -26,7 +26,7 @@ from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine, Probe, Scores
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import NORMAL, RADEMACHER
-from zo_gguf.natural import fisher, natural_slopes
+from zo_gguf.natural import fisher, natural_slopes, sides
 from zo_gguf.noise import NO_SLOPE
 from zo_gguf.trajectory import Direction
 
@@ -85,7 +85,7 @@ def estimate(
     if config.estimator == "fzoo":
         return fzoo(engine, examples, seeds, eps)
     if config.estimator == "natural":
-        return natural(engine, examples, seeds, eps, config.damping)
+        return natural(engine, examples, seeds, eps, config.damping, one_sided=config.sides == 1)
     return spsa(engine, examples, seeds, eps, curvature=config.curvature, adjustment=adjustment)
 
 
@@ -126,15 +126,33 @@ def spsa(
 
 
 def natural(
-    engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float, damping: float
+    engine: Engine,
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    eps: float,
+    damping: float,
+    *,
+    one_sided: bool = False,
 ) -> Estimate:
-    """Two-sided probes along every seed's z, combined to the natural gradient in their span."""
-    probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
+    """Probes along every seed's z, combined to the natural gradient in their span.
+
+    Args:
+        engine: The model, at theta.
+        examples: The step's rows; the loss is the mean over them.
+        seeds: One per direction.
+        eps: Perturbation size, in units of a weight.
+        damping: See `natural_slopes`.
+        one_sided: Compare losses at theta + eps z with the one at theta, instead of both sides.
+    """
+    if one_sided:
+        probes = [Probe(0, 0.0), *(Probe(seed, eps) for seed in seeds)]
+    else:
+        probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
     scores = engine.score(examples, probes)
-    pairs = scores.losses.mean(axis=1).reshape(-1, 2)  # (n_directions, 2)
-    slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
-    steps = natural_slopes(slopes, fisher(scores, eps), damping)
-    return tuple(map(_direction, seeds, [0] * len(seeds), *pairs.T, steps)), scores
+    plus, minus = sides(scores.losses.mean(axis=1), one_sided)
+    distance = eps if one_sided else 2 * eps
+    steps = natural_slopes((plus - minus) / distance, fisher(scores, eps, one_sided), damping)
+    return tuple(map(_direction, seeds, [0] * len(seeds), plus, minus, steps)), scores
 
 
 def fzoo(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float) -> Estimate:

@@ -21,27 +21,41 @@ Matrix = NDArray[np.float64]
 _LEAST_PROBABILITY = 1e-6
 
 
-def fisher(scores: Scores, eps: float) -> Matrix:
+def sides(values: Matrix, one_sided: bool) -> tuple[Matrix, Matrix]:
+    """What was measured at +eps and, of the same shape, at -eps or at theta; (n_directions, ...).
+
+    Args:
+        values: Of the probes along one direction after the other: at +eps and -eps or, one-sided,
+            at +eps of all, after one at theta.
+        one_sided: Which of the two.
+    """
+    if one_sided:
+        return values[1:], np.broadcast_to(values[:1], values[1:].shape)
+    return values[0::2], values[1::2]
+
+
+def fisher(scores: Scores, eps: float, one_sided: bool = False) -> Matrix:
     """Fisher information in the span of the directions, (n_directions, n_directions).
 
     Rows with choices: exact, the mean over rows of sum_c dp_c dp_c' / p_c. Other rows: empirical,
     the mean over rows of the mean over counted tokens of the products of their slopes.
 
     Args:
-        scores: Of probes at +eps and -eps along one direction after the other.
+        scores: Of the probes, as `sides` has them.
         eps: Perturbation size.
+        one_sided: See `sides`.
     """
     responses = []
     for outcome, is_choice in zip(scores.outcomes, ~np.isnan(scores.correct[0]), strict=True):
-        plus, minus = outcome[0::2], outcome[1::2]  # (n_directions, n)
-        weight = _probability(plus, minus) if is_choice else outcome.shape[1]
-        responses.append((plus - minus) / (2 * eps) / np.sqrt(weight))
+        plus, minus = sides(outcome, one_sided)  # (n_directions, n)
+        here = minus if one_sided else 0.5 * (plus + minus)
+        weight = _probability(here) if is_choice else outcome.shape[1]
+        responses.append((plus - minus) / (eps if one_sided else 2 * eps) / np.sqrt(weight))
     flat = np.concatenate(responses, axis=1)
     return np.asarray(flat @ flat.T / len(responses))
 
 
-def _probability(plus: Matrix, minus: Matrix) -> Matrix:
-    residual = 0.5 * (plus + minus)
+def _probability(residual: Matrix) -> Matrix:
     probability = np.where(residual < 0, residual + 1, residual)  # only the right choice's is
     return np.maximum(probability, _LEAST_PROBABILITY)
 

@@ -84,9 +84,9 @@ class TuneConfig(RowsConfig):
         metavar="NAME",
     )
     estimator: Literal["spsa", "natural", "fzoo", "grzo"] = option(
-        help="how losses become a gradient estimate: two-sided probes (spsa; natural: combined to "
-        "the natural gradient of their span), one-sided ones (fzoo), or a direction for each row "
-        "(grzo)",
+        help="how losses become a gradient estimate: two-sided probes (spsa), one-sided ones "
+        "(fzoo; natural: combined to the natural gradient of their span), or a direction for each "
+        "row (grzo)",
         default="natural",
     )
     optimizer: str = option(
@@ -120,6 +120,13 @@ class TuneConfig(RowsConfig):
         default=1,
         low=1,
         below=257,
+    )
+    sides: int | None = option(
+        help="natural: sides of theta that are probed; 1 takes half the forward passes of 2 "
+        "(default: natural: 1; the others have no choice)",
+        default=None,
+        low=1,
+        below=3,
     )
     damping: float = option(
         help="natural: added to the Fisher matrix, as a share of its mean diagonal",
@@ -209,6 +216,11 @@ class TuneConfig(RowsConfig):
         for name in ("curvature", "adjust"):
             if getattr(self, name) and self.estimator != "spsa":
                 raise ZoError(f"--{name} needs --estimator spsa, not {self.estimator}.")
+        given_sides = self.sides
+        sides = {"fzoo": 1, "natural": given_sides or 1}.get(self.estimator, 2)
+        if given_sides not in (None, sides):
+            raise ZoError(f"{self.estimator} probes {sides} side(s); leave --sides out.")
+        object.__setattr__(self, "sides", sides)
         if self.directions is None:
             of_rows = self.examples_per_step
             default = {"spsa": 1, "natural": 16, "fzoo": 8, "grzo": of_rows}[self.estimator]
@@ -241,6 +253,7 @@ class TuneConfig(RowsConfig):
     @property
     def forwards_per_step(self) -> int:
         """How often a step sends its rows through the model."""
-        two_sided = 2 * self.n_directions
-        per_step = {"spsa": two_sided, "natural": two_sided, "fzoo": self.n_directions + 1}
-        return per_step.get(self.estimator, 2) + self.curvature
+        if self.estimator == "grzo":
+            return 2
+        probes = self.n_directions + 1 if self.sides == 1 else 2 * self.n_directions
+        return probes + self.curvature
