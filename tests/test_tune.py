@@ -19,7 +19,6 @@ import pytest
 from zo_gguf.config import ReplayConfig, TuneConfig
 from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
-from zo_gguf.files import locked
 from zo_gguf.mask import Mask
 from zo_gguf.replay import replay
 
@@ -164,27 +163,6 @@ def test_resume_of_a_finished_run_changes_nothing(finished: Path, tmp_path: Path
     tune_module.resume(run)
     assert bits(run, "delta.safetensors") == bits(finished, "delta.safetensors")
     assert bits(run, "trajectory.bin") == bits(finished, "trajectory.bin")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
-@pytest.mark.parametrize("again", [["--resume"], ["--overwrite"]])
-def test_a_run_folder_has_one_user_at_a_time(
-    again: list[str],
-    finished: Path,
-    tiny_export: SimpleNamespace,
-    task_dir: Path,
-    tmp_path: Path,
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    options = arguments(tiny_export, task_dir, run)
-    words = [*again, str(run)] if again == ["--resume"] else [*flags(options), *again]
-    with locked(run, "run folder"):
-        done = subprocess.run(command("tune", *words), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Another zo-gguf works in the run folder" in done.stderr
-    assert bits(run, "trajectory.bin") == bits(finished, "trajectory.bin")
-    tune_module.resume(run)  # free again
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
