@@ -149,7 +149,7 @@ def test_losses_that_are_not_finite_are_passed_on() -> None:
 
 def test_rows_without_choices_are_enough() -> None:
     rows: Any = range(5)
-    given = config(estimator="natural", directions=4, sides=2)
+    given = config(estimator="natural", directions=4)
     directions, _ = estimate(toy(quadratic), rows, given, 0)
     by_row = np.array(
         [

@@ -54,7 +54,7 @@ ENTRIES = (
     Entry("sensitive, grzo, sgd", estimator="grzo", optimizer="sgd"),
     Entry("sensitive, grzo, adam", estimator="grzo"),
     Entry("sensitive, natural, adam", estimator="natural"),
-    Entry("sensitive, natural on two sides, adam", estimator="natural", options={"sides": 2}),
+    Entry("sensitive, natural on one side, adam", estimator="natural", options={"sides": 1}),
     Entry("sensitive, natural, momentum", estimator="natural", optimizer="momentum"),
     Entry(
         "sensitive, natural, 16 rows, adam",

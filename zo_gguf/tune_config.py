@@ -84,9 +84,9 @@ class TuneConfig(RowsConfig):
         metavar="NAME",
     )
     estimator: Literal["spsa", "natural", "fzoo", "grzo"] = option(
-        help="how losses become a gradient estimate: two-sided probes (spsa), one-sided ones "
-        "(fzoo; natural: combined to the natural gradient of their span), or a direction for each "
-        "row (grzo)",
+        help="how losses become a gradient estimate: two-sided probes (spsa; natural: combined to "
+        "the natural gradient of their span), one-sided ones (fzoo), or a direction for each row "
+        "(grzo)",
         default="natural",
     )
     optimizer: str = option(
@@ -122,8 +122,8 @@ class TuneConfig(RowsConfig):
         below=257,
     )
     sides: int | None = option(
-        help="natural: sides of theta that are probed; 1 takes half the forward passes of 2 "
-        "(default: natural: 1; the others have no choice)",
+        help="natural: sides of theta that are probed (default: 2); 1 takes half the forward "
+        "passes, which is better in short runs; the other estimators have no choice",
         default=None,
         low=1,
         below=3,
@@ -217,7 +217,7 @@ class TuneConfig(RowsConfig):
             if getattr(self, name) and self.estimator != "spsa":
                 raise ZoError(f"--{name} needs --estimator spsa, not {self.estimator}.")
         given_sides = self.sides
-        sides = {"fzoo": 1, "natural": given_sides or 1}.get(self.estimator, 2)
+        sides = {"fzoo": 1, "natural": given_sides or 2}.get(self.estimator, 2)
         if given_sides not in (None, sides):
             raise ZoError(f"{self.estimator} probes {sides} side(s); leave --sides out.")
         object.__setattr__(self, "sides", sides)
