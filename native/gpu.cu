@@ -3,6 +3,7 @@
 #include "gpu.h"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 
@@ -148,15 +149,11 @@ public:
 
     void losses(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
                 double * nll) override {
-        const on_device      here(device_);
-        std::vector<int32_t> output, first;
-        for (size_t i = 0; i < wanted.output.size(); ++i) {
-            if (i == 0 || wanted.output[i] != wanted.output[i - 1]) {
-                output.push_back(wanted.output[i]);
-                first.push_back((int32_t) i);
-            }
-        }
-        first.push_back((int32_t) wanted.output.size());
+        const on_device            here(device_);
+        const std::vector<int32_t> first = first_targets(wanted);
+        std::vector<int32_t>       output;
+        std::transform(first.begin(), first.end() - 1, std::back_inserter(output),
+                       [&](int32_t target) { return wanted.output[(size_t) target]; });
         nll_.reserve(wanted.output.size());
         losses_on_gpu(queue_, logits, n_vocab, stride, output_.follow(output, queue_.stream),
                       first_.follow(first, queue_.stream), (int64_t) output.size(),

@@ -24,6 +24,7 @@ namespace {
 constexpr std::string_view OUTPUT_NODE = "result_output";
 
 using zo::column_range;
+using zo::weight_name;
 
 std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
     std::vector<column_range> ranges;
@@ -34,13 +35,6 @@ std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
         ranges.back().end = i + 1;
     }
     return ranges;
-}
-
-// Weights copied to a device are renamed "DEVICE#name#n"; give back the name in the file.
-std::string_view weight_name(const ggml_tensor * t) {
-    std::string_view name(t->name);
-    const size_t     first = name.find('#'), last = name.rfind('#');
-    return first == last ? name : name.substr(first + 1, last - first - 1);
 }
 
 // The columns of a node, where its bytes start at `data`.

@@ -65,23 +65,29 @@ static double logsumexp(const float * logits, int64_t n) {
     return (double) max + std::log(total);
 }
 
-void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
-                              int n_threads, double * nll) {
-    const int64_t        n = (int64_t) wanted.output.size();
-    std::vector<int64_t> first;  // targets of one column lie side by side and share its sum
-    for (int64_t i = 0; i < n; ++i) {
-        if (i == 0 || wanted.output[i] != wanted.output[i - 1]) {
+std::vector<int32_t> first_targets(const targets & wanted) {
+    std::vector<int32_t> first;
+    const int32_t        n = (int32_t) wanted.output.size();
+    for (int32_t i = 0; i < n; ++i) {
+        if (i == 0 || wanted.output[(size_t) i] != wanted.output[(size_t) i - 1]) {
             first.push_back(i);
         }
     }
     first.push_back(n);
-    parallel_for((int64_t) first.size() - 1, n_threads, [&](int64_t c, int) {
-        const float * row = (const float *) (logits + (size_t) wanted.output[first[c]] * stride);
-        const double  sum = logsumexp(row, n_vocab);
-        for (int64_t i = first[c]; i < first[c + 1]; ++i) {
-            nll[i] = sum - (double) row[wanted.token[i]];
-        }
-    });
+    return first;
+}
+
+void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
+                              int n_threads, double * nll) {
+    const std::vector<int32_t> first = first_targets(wanted);
+    parallel_for((int64_t) first.size() - 1, n_threads,
+                 [&](int64_t c, int) {  // its targets share a column's sum
+                     const float * row = (const float *) (logits + (size_t) wanted.output[first[c]] * stride);
+                     const double  sum = logsumexp(row, n_vocab);
+                     for (int64_t i = first[c]; i < first[c + 1]; ++i) {
+                         nll[i] = sum - (double) row[wanted.token[i]];
+                     }
+                 });
 }
 
 }  // namespace zo

@@ -14,6 +14,9 @@ struct targets {
     std::vector<int32_t> token;
 };
 
+// The targets of one output column lie side by side: where each column's begin, and the end of the last.
+std::vector<int32_t> first_targets(const targets & wanted);
+
 // nll[i] = logsumexp(logits of column output[i]) - logit of token[i]. `logits` is [n_vocab] per column,
 // columns `stride` bytes apart. The bits do not depend on n_threads.
 void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,

@@ -9,7 +9,16 @@
 #include <utility>
 #include <vector>
 
+#include "ggml.h"
+
 namespace zo {
+
+// Tensors copied to a device are renamed "DEVICE#name#n"; gives back the name in the file.
+inline std::string_view weight_name(const ggml_tensor * t) {
+    std::string_view name(t->name);
+    const size_t     first = name.find('#'), last = name.rfind('#');
+    return first == last ? name : name.substr(first + 1, last - first - 1);
+}
 
 // Weight has a `name` and an `id`, its number in the order of adding.
 template <typename Weight>

@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "error.h"
+#include "noise.h"
 #include "parallel.h"
-#include "rng.h"
 #include "zo.h"
 
 namespace zo {
@@ -54,7 +54,7 @@ static void rademacher_range(uint64_t seed, uint32_t tensor, int64_t first, int6
         const uint32_t bits = philox(seed, tensor, (uint64_t) (i / 32)).x[0];
         const int64_t  end  = std::min(first + n, (i / 32 + 1) * 32);
         for (; i < end; ++i) {
-            z[i - first] = (bits >> (i % 32) & 1) != 0 ? 1.0f : -1.0f;
+            z[i - first] = sign_of_bit(bits, (uint64_t) (i % 32));
         }
     }
 }
@@ -195,11 +195,7 @@ const float * zo_store::branch_values(const zo::sparse_weight & weight, const zo
 
 // R of row r is value r, C of column c is value n_rows + c of the weight's Rademacher sequence.
 void zo_store::flip(const zo::sparse_weight & weight, uint64_t signs, float * z) {
-    const auto sign = [&](int64_t i) {
-        float value;
-        zo::noise_range(ZO_RADEMACHER, signs, weight.id, i, 1, &value);
-        return value;
-    };
+    const auto sign = [&](int64_t i) { return zo::rademacher_value(signs, weight.id, (uint64_t) i); };
     column_signs_.resize((size_t) weight.cols.size());
     for (size_t place = 0; place < column_signs_.size(); ++place) {
         column_signs_[place] = sign(weight.n_rows + weight.cols.index[place]);

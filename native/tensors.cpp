@@ -71,14 +71,9 @@ bool zo_tensors_eval(ggml_tensor * node, bool ask, void * user_data) {
         if (source == nullptr) {
             continue;
         }
-        // Copies on a device are named "DEVICE#name#n".
-        std::string_view name(source->name);
-        const size_t     first = name.find('#'), last = name.rfind('#');
-        const bool       copied = first != last;
-        if (copied) {
-            name = name.substr(first + 1, last - first - 1);
-        }
-        const zo::named_tensor * found = tensors->find(name);
+        const std::string_view   name   = zo::weight_name(source);
+        const bool               copied = name != source->name;
+        const zo::named_tensor * found  = tensors->find(name);
         if (found == nullptr) {
             continue;
         }
