@@ -48,12 +48,14 @@ def natural(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estim
 def natural_one_sided(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
     here, there = loss(theta), [loss(theta + eps * z) for z in steps]
     means = [np.mean([row.mean() for row in found]) for found in (here, *there)]
-    information = np.zeros((len(steps), len(steps)))
-    for row in range(len(here)):
-        tokens = np.array([(found[row] - here[row]) / eps for found in there])
-        information += tokens @ tokens.T / tokens.shape[1] / len(here)
+    n = len(here)
+    slopes, information = np.zeros(len(steps)), np.zeros((len(steps), len(steps)))
+    for row in range(n):
+        likelihoods = [np.exp(-found[row]) for found in (here, *there)]
+        tokens = np.array([(1 - later / likelihoods[0]) / eps for later in likelihoods[1:]])
+        slopes += tokens.mean(axis=1) / n
+        information += tokens @ tokens.T / tokens.shape[1] / n
     damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
-    slopes = [(mean - means[0]) / eps for mean in means[1:]]
     return means[1:], [means[0]] * len(steps), list(np.linalg.inv(damped) @ slopes)
 
 

@@ -133,7 +133,8 @@ class Base:
     own: Reference
 
     def config(self, method: str, **options: Any) -> TuneConfig:
-        files = {"model": str(self.model), "mask": str(self.mask), "data": "none", "output": "none"}
+        files = {"model": str(self.model), "data": "none", "output": "none"}
+        files["mask"] = str(self.mask) if "sensitive" in method else ""
         return TuneConfig(
             **files | {"method": method, "rank": RANK, "threads": 1, "estimator": "spsa"} | options
         )
@@ -189,7 +190,7 @@ CASES = [
     Case("block-scale", "Q8_0", 4e-5, {"absolute": True}),
     Case("sensitive+block-scale", "Q8_0", 0.01, {"unit": ["sparse=0.5", "scale=6"]}),
     Case("sensitive", "F16", 0.02, {"curvature": True, "directions": 3}, curvature),
-    Case("sensitive", "F16", 0.005, {"estimator": "natural", "directions": 5}, natural),
+    Case("sensitive", "F16", 0.005, {"estimator": "natural", "directions": 5, "sides": 2}, natural),
     Case(
         "sensitive",
         "F16",

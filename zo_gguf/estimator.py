@@ -26,7 +26,7 @@ from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine, Probe, Scores
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import NORMAL, RADEMACHER
-from zo_gguf.natural import fisher, natural_slopes, sides
+from zo_gguf.natural import natural_slopes, sides, slopes_and_fisher
 from zo_gguf.noise import NO_SLOPE
 from zo_gguf.trajectory import Direction
 
@@ -150,8 +150,8 @@ def natural(
         probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
     scores = engine.score(examples, probes)
     plus, minus = sides(scores.losses.mean(axis=1), one_sided)
-    distance = eps if one_sided else 2 * eps
-    steps = natural_slopes((plus - minus) / distance, fisher(scores, eps, one_sided), damping)
+    slopes, information = slopes_and_fisher(scores, eps, one_sided)
+    steps = natural_slopes(slopes, information, damping)
     return tuple(map(_direction, seeds, [0] * len(seeds), plus, minus, steps)), scores
 
 

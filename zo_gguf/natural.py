@@ -34,25 +34,51 @@ def sides(values: Matrix, one_sided: bool) -> tuple[Matrix, Matrix]:
     return values[0::2], values[1::2]
 
 
-def fisher(scores: Scores, eps: float, one_sided: bool = False) -> Matrix:
-    """Fisher information in the span of the directions, (n_directions, n_directions).
+def slopes_and_fisher(scores: Scores, eps: float, one_sided: bool = False) -> tuple[Matrix, Matrix]:
+    """Mean slopes of the rows, (n_directions,), and the Fisher information in the directions' span.
 
-    Rows with choices: exact, the mean over rows of sum_c dp_c dp_c' / p_c. Other rows: empirical,
-    the mean over rows of the mean over counted tokens of the products of their slopes.
+    The information, (n_directions, n_directions), of rows with choices is exact, the mean over rows
+    of sum_c dp_c dp_c' / p_c. That of other rows is empirical, the mean over rows of the mean over
+    counted tokens of the products of their slopes.
+
+    Probes on one side see, beside the slope, eps / 2 times the curvature, most of which comes from
+    the softmax: the mean over the model's own predictions of what the loss rises by, a
+    Kullback-Leibler divergence. It is taken off, as is what it does to the information.
 
     Args:
         scores: Of the probes, as `sides` has them.
         eps: Perturbation size.
         one_sided: See `sides`.
     """
-    responses = []
-    for outcome, is_choice in zip(scores.outcomes, ~np.isnan(scores.correct[0]), strict=True):
+    slopes, responses = [], []
+    choices = ~np.isnan(scores.correct[0])
+    for k, (outcome, is_choice) in enumerate(zip(scores.outcomes, choices, strict=True)):
         plus, minus = sides(outcome, one_sided)  # (n_directions, n)
-        here = minus if one_sided else 0.5 * (plus + minus)
-        weight = _probability(here) if is_choice else outcome.shape[1]
-        responses.append((plus - minus) / (eps if one_sided else 2 * eps) / np.sqrt(weight))
+        if one_sided:
+            slope, response = (_from_choices if is_choice else _from_tokens)(plus, minus, eps)
+        else:
+            weight = _probability(0.5 * (plus + minus)) if is_choice else outcome.shape[1]
+            response = (plus - minus) / (2 * eps) / np.sqrt(weight)
+            slope = np.subtract(*sides(scores.losses[:, k], one_sided)) / (2 * eps)
+        slopes.append(slope)
+        responses.append(response)
     flat = np.concatenate(responses, axis=1)
-    return np.asarray(flat @ flat.T / len(responses))
+    return np.mean(slopes, axis=0), np.asarray(flat @ flat.T / len(responses))
+
+
+def _from_choices(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
+    """Slopes, (n_directions,), and responses, (n_directions, n), as of logits linear in eps."""
+    p = _probability(here)
+    change = np.log(_probability(there) / p) / eps
+    change -= (p * change).sum(axis=1, keepdims=True)  # which leaves out the divergence
+    return -(change * (here < 0)).sum(axis=1), change * np.sqrt(p)
+
+
+def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
+    """As `_from_choices`; the mean over the predictions of 1 - q / p is 0 for every q."""
+    change = -np.expm1(here - there) / eps  # (n_directions, n_tokens)
+    n = change.shape[1]
+    return change.mean(axis=1), change / np.sqrt(n)
 
 
 def _probability(residual: Matrix) -> Matrix:
