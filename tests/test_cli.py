@@ -60,7 +60,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             "export:export",
             {"quant": ["Q8_0"]},
         ),
-        (TUNE, "tune:tune", {"iters": 500, "mask": "x.mask.safetensors"}),
+        (TUNE, "tune:tune", {"iters": 500, "method": "norm"}),
         ([*TUNE, "--dry-run"], "plan:plan", {"output": "run"}),
         (["plan", "-m", "x", "--data", "d"], "plan:plan", {"data": "d"}),
         (["tune", "--dry-run", "-m", "x", "--data", "d"], "plan:plan", {"data": "d"}),

@@ -42,8 +42,14 @@ def test_values_are_converted_by_declared_type() -> None:
 
 
 def test_default_mask_lies_beside_the_model() -> None:
-    assert tune(model="dir/x.gguf").mask == "dir/x.mask.safetensors"
-    assert tune(mask="other").mask == "other"
+    assert tune(model="dir/x.gguf", method="sensitive").mask == "dir/x.mask.safetensors"
+    assert tune(model="x.gguf", method="norm+sensitive").mask == "x.mask.safetensors"
+    assert tune(method="sensitive", mask="other").mask == "other"
+
+
+def test_default_method_follows_from_the_mask() -> None:
+    assert (tune().method, tune().mask) == ("norm", "")
+    assert (tune(mask="m").method, tune(mask="m").mask) == ("sensitive", "m")
 
 
 def test_list_defaults_are_not_shared() -> None:

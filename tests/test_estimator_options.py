@@ -18,10 +18,12 @@ from zo_gguf.trajectory import Direction, Record, Trajectory
 # ---- options -------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwards
-    ({}, 16, 32),
-    ({"sides": 1}, 16, 17),
+    ({}, 16, 17),
+    ({"iters": 750}, 16, 17),
+    ({"iters": 751}, 16, 32),
+    ({"iters": 751, "sides": 1}, 16, 17),
     ({"sides": 2}, 16, 32),
-    ({"directions": 5}, 5, 10),
+    ({"directions": 5, "sides": 2}, 5, 10),
     ({"directions": 5, "sides": 1}, 5, 6),
     ({"estimator": "spsa"}, 1, 2),
     ({"estimator": "spsa", "curvature": True}, 1, 3),

@@ -63,3 +63,21 @@ def test_training_lowers_the_loss_and_moves_only_theta(masked: SimpleNamespace) 
     assert start.n == 3
     for name, value in masked.model.named_parameters():
         assert torch.equal(value, before[name])
+
+
+def test_gains_multiply_the_norms(masked: SimpleNamespace) -> None:
+    """After the sparse entries; the output's norm too."""
+    names = ["blk.0.ffn_norm.weight", "output_norm.weight"]
+    gains = np.random.default_rng(2).normal(size=(2, 16), scale=0.5).astype(np.float32)
+    theta = np.concatenate([masked.theta, gains.ravel()])
+    model = first_order.MaskedModel(masked.model, masked.tensors, masked.shapes, theta, names)
+    losses, _ = model.losses(EXAMPLES)
+    losses.mean().backward()
+    assert model.theta.grad is not None
+    assert (model.theta.grad[-32:] != 0).all()
+    masked.model.requires_grad_(False)
+    reference.add_delta(masked.model, masked.tensors, masked.shapes, masked.theta)
+    for name, gain in zip(names, gains, strict=True):
+        masked.model.get_parameter(reference.hf_name(name)).mul_(torch.from_numpy(1 + gain))
+    expected = [reference.torch_loss(masked.model, example) for example in EXAMPLES]
+    np.testing.assert_allclose(losses.detach(), torch.stack(expected).detach(), rtol=1e-4)

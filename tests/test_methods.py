@@ -77,7 +77,8 @@ Runs = Callable[[str], Done]
 
 def config(folder: Path, method: str, quant: str, output: Path, **options: Any) -> TuneConfig:
     defaults = {
-        "model": str(base_of(folder, quant)), "mask": str(folder / f"{quant}.mask"),
+        "model": str(base_of(folder, quant)),
+        "mask": str(folder / f"{quant}.mask") if "sensitive" in method else "",
         "data": str(folder), "output": str(output), "method": method, "iters": N_STEPS,
         "directions": None if "estimator" in options else 4, "valid_every": 20, "threads": 1,
         "save_every": SAVED_AT, "seed": 7, "ctx_tokens": 256, "eps": 0.01, "learning_rate": 0.01,

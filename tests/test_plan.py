@@ -18,7 +18,11 @@ from zo_gguf.tune import tune
 
 def config(tiny_export: SimpleNamespace, task_dir: Path, run: Path) -> TuneConfig:
     return TuneConfig(
-        model=str(tiny_export.model("Q4_0")), data=str(task_dir), output=str(run), threads=1
+        model=str(tiny_export.model("Q4_0")),
+        method="sensitive",
+        data=str(task_dir),
+        output=str(run),
+        threads=1,
     )
 
 

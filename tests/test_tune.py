@@ -29,6 +29,7 @@ N_STEPS, N_KILLS = 24, 4
 def arguments(tiny_export: SimpleNamespace, task_dir: Path, run: Path, **options: Any) -> dict:
     return {
         "model": str(tiny_export.model("Q4_0")),
+        "method": "sensitive",
         "data": str(task_dir),
         "output": str(run),
         "iters": N_STEPS,
@@ -214,9 +215,8 @@ def test_loss_falls_and_best_is_kept(
 
 
 def test_patience_stops_early(tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path) -> None:
-    options = arguments(
-        tiny_export, task_dir, tmp_path / "p", learning_rate=20.0, valid_every=2, patience=2
-    )
+    options = arguments(tiny_export, task_dir, tmp_path / "p", valid_every=2, patience=2)
+    options |= {"learning_rate": 20.0}
     result = tune_module.tune(TuneConfig(**options))
     assert result.best_step == 0
     assert result.steps == 4
@@ -244,6 +244,7 @@ class TestBadInput:
             ({"model": "nowhere.gguf"}, r"nowhere\.gguf"),
             ({"mask": "nowhere.safetensors"}, r"nowhere\.safetensors"),
             ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl"),
+            ({"method": "norm", "mask": "m"}, "--method norm reads no mask; leave --mask out"),
         ],
     )
     def test_options(
@@ -254,10 +255,9 @@ class TestBadInput:
         task_dir: Path,
         tmp_path: Path,
     ) -> None:
+        given = TuneConfig(**arguments(tiny_export, task_dir, tmp_path / "r", **options))
         with pytest.raises(ZoError, match=message):
-            tune_module.tune(
-                TuneConfig(**arguments(tiny_export, task_dir, tmp_path / "r", **options))
-            )
+            tune_module.tune(given)
         # A mistake that is found before the first step leaves no folder in the way.
         assert not (tmp_path / "r").exists()
 

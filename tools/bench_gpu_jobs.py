@@ -76,7 +76,8 @@ def replay(job: Job) -> Result:
     run, copy = folder / f"run-{job['quant']}", folder / f"replayed-{job['quant']}.safetensors"
     model = folder / f"tiny-llama-{job['quant']}.gguf"
     tune = ["tune", "-m", str(model), "--data", str(folder / "task"), "-o", str(run), "--overwrite"]
-    tune += ["--iters", str(_TUNE_STEPS), "-ngl", str(job["n_gpu_layers"]), "--path", job["path"]]
+    tune += ["--method", "sensitive", "--iters", str(_TUNE_STEPS)]
+    tune += ["-ngl", str(job["n_gpu_layers"]), "--path", job["path"]]
     tune += ["-t", str(job["threads"]), "--valid-rows", "20"]
     for arguments in (tune, ["replay", str(run), "-o", str(copy), "--overwrite"]):
         command = [sys.executable, "-m", "zo_gguf", *arguments]

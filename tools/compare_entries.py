@@ -40,7 +40,8 @@ class Entry:
 REFERENCE = "sensitive, spsa, sgd, shuffled rows"
 _QUANTIZED = r"(?!F16|BF16|F32).*"
 _SHUFFLED = {"balance": False}  # rows as in the papers
-_NORMS = {"train": r"norm\.weight$"}
+_ONE_SIDE: dict[str, Any] = {"estimator": "natural", "options": {"sides": 1}}
+_TWO_SIDES: dict[str, Any] = {"estimator": "natural", "options": {"sides": 2}}
 ENTRIES = (
     Entry(REFERENCE, optimizer="sgd", options=_SHUFFLED),
     Entry("sensitive, spsa, adam, shuffled rows", options=_SHUFFLED),
@@ -53,31 +54,47 @@ ENTRIES = (
     Entry("sensitive, fzoo of 8, adam", estimator="fzoo"),
     Entry("sensitive, grzo, sgd", estimator="grzo", optimizer="sgd"),
     Entry("sensitive, grzo, adam", estimator="grzo"),
-    Entry("sensitive, natural, adam", estimator="natural"),
-    Entry("sensitive, natural on one side, adam", estimator="natural", options={"sides": 1}),
-    Entry("sensitive, natural, momentum", estimator="natural", optimizer="momentum"),
+    Entry("sensitive, natural on two sides, adam", **_TWO_SIDES),
+    Entry("sensitive, natural on one side, adam", **_ONE_SIDE),
+    Entry("sensitive, natural on two sides, momentum", optimizer="momentum", **_TWO_SIDES),
     Entry(
-        "sensitive, natural, 16 rows, adam",
+        "sensitive, natural on two sides, 16 rows, adam",
         estimator="natural",
-        options={"examples_per_step": 16},
+        options={"sides": 2, "examples_per_step": 16},
     ),
     Entry("random mask, spsa, adam", mask="random"),
-    Entry("random mask, natural, adam", estimator="natural", mask="random"),
-    Entry("magnitude mask, natural, adam", estimator="natural", mask="magnitude"),
-    Entry("fisher mask, natural, adam", estimator="natural", mask="fisher"),
+    Entry("random mask, natural on two sides, adam", mask="random", **_TWO_SIDES),
+    Entry("magnitude mask, natural on two sides, adam", mask="magnitude", **_TWO_SIDES),
+    Entry("fisher mask, natural on two sides, adam", mask="fisher", **_TWO_SIDES),
     Entry("norm, spsa, adam", "norm", mask=None),
-    Entry("norm, natural, adam", "norm", "natural", mask=None),
-    Entry("norms in place, natural, adam", "dense", "natural", options=_NORMS, mask=None),
-    Entry("block-scale, spsa, sgd", "block-scale", "spsa", "sgd", mask=None, quants=_QUANTIZED),
-    Entry("block-scale, natural, adam", "block-scale", "natural", mask=None, quants=_QUANTIZED),
-    Entry("subspace, natural, adam", "subspace", "natural", mask=None),
-    Entry("lora, natural, adam", "lora", "natural", mask=None),
-    Entry("magnitude, natural, adam", "magnitude", "natural", mask=None, quants="F16"),
-    Entry("sensitive+norm, natural, adam", "sensitive+norm", "natural"),
+    Entry("norm, fzoo of 8, sgd", "norm", "fzoo", "sgd", mask=None),
+    Entry("norm, natural on two sides, adam", "norm", mask=None, **_TWO_SIDES),
+    Entry("norm, natural on one side, adam", "norm", mask=None, **_ONE_SIDE),
     Entry(
-        "sensitive+block-scale, natural, adam",
-        "sensitive+block-scale",
+        "norms in place, natural on one side, adam",
+        "dense",
         "natural",
+        options={"sides": 1, "train": r"norm\.weight$"},
+        mask=None,
+    ),
+    Entry("block-scale, spsa, sgd", "block-scale", "spsa", "sgd", mask=None, quants=_QUANTIZED),
+    Entry(
+        "block-scale, natural on one side, adam",
+        "block-scale",
+        mask=None,
         quants=_QUANTIZED,
+        **_ONE_SIDE,
+    ),
+    Entry("subspace, natural on one side, adam", "subspace", mask=None, **_ONE_SIDE),
+    Entry("lora, natural on one side, adam", "lora", mask=None, **_ONE_SIDE),
+    Entry(
+        "magnitude, natural on one side, adam", "magnitude", mask=None, quants="F16", **_ONE_SIDE
+    ),
+    Entry("sensitive+norm, natural on one side, adam", "sensitive+norm", **_ONE_SIDE),
+    Entry(
+        "sensitive+block-scale, natural on one side, adam",
+        "sensitive+block-scale",
+        quants=_QUANTIZED,
+        **_ONE_SIDE,
     ),
 )

@@ -32,6 +32,7 @@ from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
 
+BOUNDS = ("sensitive", "norm")  # methods whose parameters backpropagation trains as well
 FIRST_ORDER = Path(__file__).resolve().parent / "first_order.py"
 
 
@@ -53,12 +54,12 @@ def measure_base(task: Task, quant: str) -> dict[str, Any]:
     )
 
 
-def measure_bound(task: Task, quant: str, hf: Path) -> dict[str, Any]:
-    """The entries of the default mask trained by backpropagation."""
+def measure_bound(task: Task, quant: str, hf: Path, method: str) -> dict[str, Any]:
+    """What a method trains, trained by backpropagation."""
     words = ["--hf", hf, "-m", task.model(quant), "--data", task.data, "-t", 1, "--json"]
-    command = [sys.executable, str(FIRST_ORDER), *map(str, words)]
+    command = [sys.executable, str(FIRST_ORDER), "--method", method, *map(str, words)]
     return cached(
-        task.out / quant / "first-order.json",
+        task.out / quant / f"first-order-{method}.json",
         lambda log: dict(json.loads(call(log.with_name(f"{log.name}.log"), command))),
     )
 
@@ -91,10 +92,14 @@ def run(
     pool, waiting = ThreadPoolExecutor(jobs), ThreadPoolExecutor(jobs)
     try:
         base = {quant: pool.submit(measure_base, task, quant) for quant in quants}
-        bounds = {quant: pool.submit(measure_bound, task, quant, hf) for quant in quants if hf}
+        bounds = {
+            method: {q: pool.submit(measure_bound, task, q, hf, method) for q in quants if hf}
+            for method in BOUNDS
+        }
         futures = [waiting.submit(compare, task, entry, quant, pool) for quant, entry in wanted]
         take(base, report.base, "untouched model")
-        take(bounds, report.bounds, "first-order bound")
+        for method, of_quants in bounds.items():
+            take(of_quants, report.bounds.setdefault(method, {}), f"first-order bound, {method}")
         for future in as_completed(futures):
             outcome = future.result()
             say(f"{outcome.quant}, {outcome.label}: {outcome.failure or 'done'}")

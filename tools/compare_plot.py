@@ -95,14 +95,14 @@ class Report:
         reference: Label of the entry that the others are measured against.
         outcomes: In the order in which they are shown.
         base: Quant -> {"valid": ..., "test": ...} of the untouched model.
-        bounds: Quant -> the same for training by backpropagation, where that was asked for.
+        bounds: Method -> quant -> the same for training by backpropagation, if that was asked for.
     """
 
     settings: dict[str, Any]
     reference: str
     outcomes: list[Outcome] = field(default_factory=list)
     base: dict[str, dict[str, Any]] = field(default_factory=dict)
-    bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bounds: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write compare.json, compare.md and compare.png."""
@@ -117,7 +117,8 @@ class Report:
 
     def quants(self) -> list[str]:
         """Those with something to show."""
-        shown = [*self.base, *self.bounds, *(o.quant for o in self.outcomes if o.runs)]
+        bounded = [quant for of_quants in self.bounds.values() for quant in of_quants]
+        shown = [*self.base, *bounded, *(o.quant for o in self.outcomes if o.runs)]
         return list(dict.fromkeys(shown))
 
     def markdown(self) -> str:
@@ -128,7 +129,8 @@ class Report:
             reference = next((o for o in shown if o.label == self.reference), None)
             rows += _plain_rows(quant, "base", self.base)
             rows += [_row(outcome, reference) for outcome in shown]
-            rows += _plain_rows(quant, "first-order bound", self.bounds)
+            for method, measured in self.bounds.items():
+                rows += _plain_rows(quant, f"first-order bound, {method}", measured)
         lines = [f"| {' | '.join(row)} |" for row in rows]
         reasons = [
             f"- {outcome.quant}, {outcome.label}: {reason}"
@@ -252,9 +254,11 @@ def plot(report: Report, path: Path) -> None:
                 linestyle="-" if number < len(colors) else ":",
                 linewidth=2.2 if outcome.label == report.reference else 1.2,
             )
-        if quant in report.bounds:
-            height = report.bounds[quant]["valid"]["loss"]
-            handles["first-order bound"] = axes.axhline(height, color="0.3", linestyle="--")
+        for method, style in zip(report.bounds, ("--", ":", "-."), strict=False):
+            if quant in report.bounds[method]:
+                height = report.bounds[method][quant]["valid"]["loss"]
+                label = f"first-order bound, {method}"
+                handles[label] = axes.axhline(height, color="0.3", linestyle=style)
     panels[0].set_ylabel("validation loss")
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
     with atomic_write(path) as file:

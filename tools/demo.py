@@ -99,7 +99,7 @@ def demo(out: Path, iters: int) -> None:
     say("1. A task: which of five topics is a text about? Test rows use words never trained on")
     call([sys.executable, "tools/make_task.py", str(task)])
 
-    say("2. Export: Hugging Face model -> Q4_0 GGUF and the mask of its trainable 0.1 %")
+    say("2. Export: Hugging Face model -> Q4_0 GGUF, and a mask for --method sensitive")
     # With a model of your own, leave --calibration at c4 and --pre away.
     zo(
         *("export", "--model", str(TINY_LLAMA), "--pre", "gpt-2", "--quant", "Q4_0"),

@@ -1,10 +1,10 @@
-"""The upper bound: the masked weights of a GGUF trained by backpropagation in torch.
+"""The upper bound: what `zo-gguf tune` trains, trained by backpropagation in torch.
 
-The same dequantized weights, positions, starting values, rows and loss as `zo-gguf tune`, but exact
-gradients and Adam. What zeroth-order tuning of the same mask does not reach is what it pays for
-doing without a backward pass.
+The same dequantized weights, masked entries or gains of norms, starting values, rows and loss, but
+exact gradients and Adam. What zeroth-order tuning of the same parameters does not reach is what it
+pays for doing without a backward pass.
 
-    .venv/bin/python tools/first_order.py --hf DIR -m MODEL.gguf --data DIR [--mask MASK] [--json]
+    .venv/bin/python tools/first_order.py --hf DIR -m MODEL.gguf --data DIR [--method NAME] [--json]
 """
 
 import argparse
@@ -30,18 +30,20 @@ from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.evaluate import EvalResult, counted_tokens, summarize
-from zo_gguf.mask import Mask
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.methods import start
 
 _ROWS_PER_CALL = 64
 
 
 class MaskedModel:
-    """A torch model in which only theta, added at a mask's positions, is trainable.
+    """A torch model in which only theta is trainable.
 
     Args:
         model: From `reference.torch_model`.
-        tensors, shapes: The mask's positions in GGUF coordinates.
-        theta: Its starting values, (nnz,).
+        tensors, shapes: Positions, in GGUF coordinates, at which the first values are added.
+        theta: Starting values, (nnz,).
+        gains: Norms, by their GGUF names, whose weights are multiplied by 1 plus the values after.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class MaskedModel:
         tensors: dict[str, NDArray[np.int64]],
         shapes: dict[str, tuple[int, int]],
         theta: NDArray[np.float32],
+        gains: Sequence[str] = (),
     ) -> None:
         self.theta = torch.tensor(theta, requires_grad=True)
         self._body, self._head = model.base_model, model.get_output_embeddings()
@@ -60,9 +63,11 @@ class MaskedModel:
             n_rows, n_cols = shapes[name]
             to_hf = np.argsort(reference.rows_to_hf(name, n_rows, model.config))
             rows, cols = np.divmod(indices, n_cols)
-            inner = reference.hf_name(name).removeprefix(f"{model.base_model_prefix}.")
+            inner = _inner_name(model, name)
             place = (torch.from_numpy(to_hf[rows]), torch.from_numpy(cols))
             self._entries.append((inner, parameters[inner], place))
+        inner_names = [_inner_name(model, name) for name in gains]
+        self._gains = [(inner, parameters[inner]) for inner in inner_names]
 
     def losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of every example and whether its answer is right (NaN without choices), (n,)."""
@@ -98,6 +103,9 @@ class MaskedModel:
             part = self.theta[first : first + place[0].numel()]
             weights[name] = value.index_put(place, part, accumulate=True)
             first += part.numel()
+        for name, value in self._gains:
+            weights[name] = value * (1 + self.theta[first : first + value.numel()])
+            first += value.numel()
         call = {"input_ids": tokens, "use_cache": False}
         output: torch.Tensor = torch.func.functional_call(
             self._body, weights, (), call
@@ -113,6 +121,11 @@ class MaskedModel:
         ]
         losses, correct = (torch.cat(part).double().numpy() for part in zip(*parts, strict=True))
         return summarize(losses, correct, counted_tokens(examples))
+
+
+def _inner_name(model: Any, name: str) -> str:
+    """Of a GGUF tensor, in the body of the torch model."""
+    return reference.hf_name(name).removeprefix(f"{model.base_model_prefix}.")
 
 
 @dataclass(frozen=True)
@@ -150,23 +163,32 @@ def train(
 
 
 def first_order(options: argparse.Namespace) -> Bound:
-    """Train the mask's weights by backpropagation and measure them.
+    """Train a method's parameters by backpropagation and measure them.
 
     Raises:
-        ZoError: The model, mask or data cannot be used, or the Hugging Face folder is missing.
+        ZoError: The model, mask or data cannot be used, the Hugging Face folder is missing, or the
+            method trains other things than masked entries and norms.
     """
     if not (options.hf / "config.json").is_file():
         raise ZoError(f"{str(options.hf)!r} is no Hugging Face folder: it has no config.json.")
-    mask = Mask.load(options.mask or str(options.model).removesuffix(".gguf") + MASK_SUFFIX)
+    config = TuneConfig(
+        model=str(options.model),
+        data=str(options.data),
+        output="none",
+        method=options.method,
+        mask=str(options.mask or ""),
+    )
+    delta = start(config, GgufFile(options.model))
+    if other := {edit.kind for edit in delta.edits.values()} - {"gain"}:
+        raise ZoError(f"There is no bound for {', '.join(other)}; take --method sensitive or norm.")
     with Engine(options.model, n_threads=1) as engine:
-        mask.check_base(engine.gguf)
         rows, valid = load_train_valid(options.data, engine, val_split=TuneConfig.val_split)
         test = load_examples(options.data, engine, split="test")
     torch_model = reference.torch_model(options.hf, options.model)
-    model = MaskedModel(torch_model, mask.tensors, mask.shapes, mask.theta0())
+    model = MaskedModel(torch_model, delta.tensors, delta.shapes, delta.theta, list(delta.edits))
     train(model, rows, options.steps, options.rows, options.lr, options.seed)
     valid = valid[: TuneConfig.valid_rows]
-    return Bound(options.steps, mask.nnz, model.measure(valid), model.measure(test))
+    return Bound(options.steps, delta.nnz, model.measure(valid), model.measure(test))
 
 
 def main() -> int:
@@ -174,6 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder of the model")
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF of the same model")
+    parser.add_argument("--method", default="sensitive", help="or norm, or both with a plus")
     parser.add_argument("--mask", type=Path, help=f"default: MODEL with {MASK_SUFFIX} for .gguf")
     parser.add_argument("--data", type=Path, required=True, help="folder: train, valid, test.jsonl")
     parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")

@@ -64,9 +64,12 @@ def tune(config: TuneConfig) -> TuneResult:
         ZoError: An option, file or row cannot be used, or the loss is not finite.
         KeyboardInterrupt: After Ctrl-C, with everything saved.
     """
-    absolute = {
-        name: os.path.abspath(getattr(config, name)) for name in ("model", "mask", "data", "output")
-    }
+    if config.mask and not config.reads_mask:
+        raise ZoError(
+            f"--method {config.method} reads no mask; leave --mask out, or take --method sensitive."
+        )
+    paths = {name: getattr(config, name) for name in ("model", "mask", "data", "output")}
+    absolute = {name: os.path.abspath(path) for name, path in paths.items() if path}
     config = dataclasses.replace(config, **absolute)
     Run.check_folder(config)
     return _tune(config, config.output, lambda: Run.create(config))

@@ -13,6 +13,7 @@ DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
 GPU = "layers kept on the GPU; -1 means all"
 OVERWRITE = "replace an output that is already there"
 MASK_SUFFIX = ".mask.safetensors"
+SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +72,16 @@ class TuneConfig(RowsConfig):
     """Options of `tune` and `plan`: zeroth-order fine-tuning of a quantized GGUF."""
 
     mask: str = option(
-        help="trainable weights, as written by export "
+        help="sensitive: trainable weights, as written by export "
         f"(default: MODEL with {MASK_SUFFIX} for .gguf)",
         default="",
         metavar="MASK",
     )
     output: str = option("-o", help="run folder to write", metavar="RUN")
     method: str = option(
-        help="what is trained: sensitive, norm, magnitude, block-scale, subspace, lora, dense, or "
-        "two of them joined by +",
-        default="sensitive",
+        help="what is trained: norm, sensitive, magnitude, block-scale, subspace, lora, dense, or "
+        "two of them joined by + (default: norm; with --mask: sensitive)",
+        default="",
         metavar="NAME",
     )
     estimator: Literal["spsa", "natural", "fzoo", "grzo"] = option(
@@ -101,7 +102,10 @@ class TuneConfig(RowsConfig):
         default=True,
     )
     learning_rate: float | None = option(
-        help="step size (default: derived; see the first lines of the run)", default=None, above=0
+        "--lr",
+        help="step size (default: derived; see the first lines of the run)",
+        default=None,
+        above=0,
     )
     eps: float | Literal["auto"] = option(
         help="perturbation size; auto chooses it from the measured noise floor",
@@ -122,8 +126,8 @@ class TuneConfig(RowsConfig):
         below=257,
     )
     sides: int | None = option(
-        help="natural: sides of theta that are probed (default: 2); 1 takes half the forward "
-        "passes, which is better in short runs; the other estimators have no choice",
+        help="natural: sides of theta that are probed; 1 takes half the forward passes, 2 see less "
+        f"noise (default: 1 up to {SHORT_RUN} steps, then 2); the other estimators have no choice",
         default=None,
         low=1,
         below=3,
@@ -202,8 +206,9 @@ class TuneConfig(RowsConfig):
     overwrite: bool = option(help=OVERWRITE, default=False)
 
     def check(self) -> None:
-        """Checks the options that depend on each other; fills in the mask and the directions."""
+        """Checks the options that depend on each other; fills in those that follow from others."""
         super().check()
+        self._fill_in_method()
         try:
             re.compile(self.train or "")
         except re.error as error:
@@ -217,7 +222,8 @@ class TuneConfig(RowsConfig):
             if getattr(self, name) and self.estimator != "spsa":
                 raise ZoError(f"--{name} needs --estimator spsa, not {self.estimator}.")
         given_sides = self.sides
-        sides = {"fzoo": 1, "natural": given_sides or 2}.get(self.estimator, 2)
+        of_natural = given_sides or (1 if self.iters <= SHORT_RUN else 2)
+        sides = {"fzoo": 1, "natural": of_natural}.get(self.estimator, 2)
         if given_sides not in (None, sides):
             raise ZoError(f"{self.estimator} probes {sides} side(s); leave --sides out.")
         object.__setattr__(self, "sides", sides)
@@ -230,8 +236,17 @@ class TuneConfig(RowsConfig):
                 f"{self.estimator} divides by the deviation of several losses: "
                 "raise --directions (fzoo) or --examples-per-step (grzo)."
             )
-        if not self.mask:
+
+    def _fill_in_method(self) -> None:
+        if not self.method:
+            object.__setattr__(self, "method", "sensitive" if self.mask else "norm")
+        if self.reads_mask and not self.mask:
             object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
+
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the method trains the entries of a mask."""
+        return "sensitive" in self.method.split("+")
 
     @property
     def n_rows(self) -> int:
