@@ -103,7 +103,7 @@ def test_fisher_of_rows_with_few_and_many_tokens() -> None:
 
 def test_tokens_that_the_model_itself_draws_have_no_slope() -> None:
     """Not on one side either, however far it is, where their mean loss rises by a divergence."""
-    before, after = np.array([0.5, 0.25, 0.25]), np.array([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
+    before, after = np.array([0.5, 0.25, 0.25]), np.array([[0.2, 0.5, 0.3], [0.1, 0.25, 0.65]])
     drawn = [0, 0, 1, 2]  # as often as `before` says
     outcome = -np.log(np.vstack([before, after]))[:, drawn]
     losses = outcome.mean(axis=1, keepdims=True)
@@ -111,6 +111,13 @@ def test_tokens_that_the_model_itself_draws_have_no_slope() -> None:
     slopes, _ = slopes_and_fisher(scores, 0.5, one_sided=True)
     assert (losses[1:] > losses[0] + 0.1).all()
     np.testing.assert_allclose(slopes, 0.0, atol=1e-12)
+
+
+def test_one_token_that_becomes_likely_does_not_outweigh_the_others() -> None:
+    outcome = np.array([[12.0, 3.0], [0.0, 3.2]])
+    scores = Scores(outcome.mean(axis=1, keepdims=True), np.full((2, 1), np.nan), 2, [outcome])
+    (slope,), _ = slopes_and_fisher(scores, 1.0, one_sided=True)
+    assert slope == pytest.approx((1 - 12 * np.e + 1 - np.exp(-0.2)) / 2)
 
 
 def test_certain_answers_have_no_response() -> None:

@@ -76,9 +76,10 @@ def _from_choices(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matr
 
 def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
     """As `_from_choices`; the mean over the predictions of 1 - q / p is 0 for every q."""
-    change = -np.expm1(here - there) / eps  # (n_directions, n_tokens)
-    n = change.shape[1]
-    return change.mean(axis=1), change / np.sqrt(n)
+    gain = here - there  # log q / p, (n_directions, n_tokens)
+    # From e times as likely on along the tangent, or one such token would outweigh all others.
+    change = (1 - np.exp(np.minimum(gain, 1)) * np.maximum(gain, 1)) / eps
+    return change.mean(axis=1), change / np.sqrt(change.shape[1])
 
 
 def _probability(residual: Matrix) -> Matrix:
