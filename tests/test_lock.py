@@ -30,6 +30,7 @@ def test_a_run_in_progress_is_left_alone(
         eps=0.05,
         learning_rate=0.02,
         valid_rows=4,
+        threads=1,
     )
     tune_module.tune(config)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
