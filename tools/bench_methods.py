@@ -43,8 +43,7 @@ def bench(model: Path, mask: Path, line: tuple[str, str, str], rounds: int, n_th
     method, path, estimator = line
     examples = make_examples(8, 65)
     config = TuneConfig(
-        model=str(model), mask=str(mask) if "sensitive" in method else "", data="none",
-        output="none", eps=1e-3, method=method,
+        model=str(model), mask=str(mask), data="none", output="none", eps=1e-3, method=method,
         estimator=estimator, examples_per_step=len(examples), path=path,
         **OPTIONS.get(method, {}),
     )  # fmt: skip

@@ -40,8 +40,7 @@ PATHS = ("hook", "adapter")
 def parameters(method: str, given: argparse.Namespace) -> Delta:
     """What the method trains, away from its first theta so that nothing is 0."""
     config = TuneConfig(
-        model=given.model, mask=given.mask if "sensitive" in method else "", data=given.data,
-        output="none", method=method,
+        model=given.model, mask=given.mask, data=given.data, output="none", method=method,
         **METHODS[method],
     )  # fmt: skip
     delta = start(config, GgufFile(given.model))
