@@ -113,10 +113,12 @@ class TestEntries:
             (Entry("a", options={"directions": 4}), 8),
             (Entry("a", estimator="fzoo", options={"directions": 8}), 9),
             (Entry("a", estimator="grzo"), 2),
+            (Entry("a", estimator="natural", options={"sides": 1}), 17 / 4),
+            (Entry("a", estimator="natural", options={"sides": 2}), 32 / 4),
             (Entry("a", options={"directions": 4, "curvature": True}), 9),
         ],
     )
-    def test_forwards_of_a_step(self, entry: Entry, forwards: int, task: Task) -> None:
+    def test_forwards_of_a_step(self, entry: Entry, forwards: float, task: Task) -> None:
         tokens = tokens_per_step(task, base_options(task, entry, "Q4_0"))
         assert tokens == ROW_TOKENS * 16 * forwards
 
@@ -260,10 +262,27 @@ class TestReport:
         assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rates_take_the_place_of_those_of_the_entries(
+    task: Task, zo: FakeZo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare_methods, "row_tokens", lambda *_: ROW_TOKENS)
+    for split in ("train", "valid", "test"):
+        (task.data / f"{split}.jsonl").touch()
+    task.model("Q4_0").write_bytes(b"GGUF")
+    paths = {"models": task.models, "data": task.data, "out": task.out}
+    words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    words += f"--name m --tokens {BUDGET} --seeds 2".split()
+    words += ["--only", "^sensitive, spsa, adam$"]
+    assert compare_methods.main([*words, "--rates", "1"]) == 0
+    assert sum(call[0] == "tune" for call in zo.calls) == 2  # one search, one more seed
+    assert "(x1)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--rates", "1", "0"], "--rates must be greater than 0"),
         (["--only", "("], "no regular expression"),
         (["--only", "nothing-like-it"], "matches none of: sensitive, spsa, sgd, shuffled rows;"),
         ([], "no-such-data"),

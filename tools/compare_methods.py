@@ -5,8 +5,8 @@
 The folder of models holds NAME-QUANT.gguf with .mask.safetensors, as `zo-gguf export` writes them;
 other masks lie beside them as NAME-QUANT.SCORE.mask.safetensors, or in a folder SCORE. Each entry
 gets its own learning rate, the best of some over the whole budget with seed 0, and then runs with
-the other seeds. An interrupted comparison goes on where it stopped; after a change of
-a model, mask or the data take a new --out.
+the other seeds; after one quant, `--rates` saves the search on the next. An interrupted comparison
+goes on where it stopped; after a change of a model, mask or the data take a new --out.
 
 The entries are in `compare_entries`, their runs in `compare_runs`, table and plot in
 `compare_plot`, the bound by backpropagation in `first_order`.
@@ -33,6 +33,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
 
 BOUNDS = ("sensitive", "norm")  # methods whose parameters backpropagation trains as well
+RATES_HELP = "tried, as multiples of the default one; 1 always is (default: as each entry says)"
 FIRST_ORDER = Path(__file__).resolve().parent / "first_order.py"
 
 
@@ -136,6 +137,8 @@ def prepare(options: argparse.Namespace) -> tuple[Task, list[Entry]]:
     for name in ("tokens", "seeds", "jobs"):
         if getattr(options, name) < 1:
             raise ZoError(f"--{name} must be at least 1, not {getattr(options, name):g}.")
+    if options.rates and min(options.rates) <= 0:
+        raise ZoError(f"--rates must be greater than 0, not {min(options.rates):g}.")
     try:
         entries = [entry for entry in ENTRIES if re.search(options.only, entry.label)]
     except re.error as error:
@@ -143,6 +146,8 @@ def prepare(options: argparse.Namespace) -> tuple[Task, list[Entry]]:
     if not entries:
         known = "; ".join(entry.label for entry in ENTRIES)
         raise ZoError(f"--only {options.only!r} matches none of: {known}.")
+    if options.rates:
+        entries = [replace(entry, rates=tuple(options.rates)) for entry in entries]
     if not options.data.is_dir():
         raise ZoError(f"--data {str(options.data)!r} is no folder with train, valid and test rows.")
     for split in ("train", "valid", "test"):
@@ -168,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=float, default=1.6e6, help="budget per run (%(default)g)")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="REGEX", help="entries whose label matches")
+    parser.add_argument("--rates", type=float, nargs="+", metavar="X", help=RATES_HELP)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     parser.add_argument("--hf", type=Path, help="Hugging Face folder, for the first-order bound")
     options = parser.parse_args(argv)
