@@ -29,8 +29,9 @@ from bench_gpu_watch import run_job
 from zo_gguf.llama import default_threads
 
 STAGES = ("correctness", "memory", "step", "batch", "torch")
-# A mask on few lines fits beside the products and into an adapter, one anywhere only beside them.
-PATHS = (("lines", "hook"), ("lines", "adapter"), ("uniform", "hook"))
+# A mask on few lines fits beside the products and into an adapter, one anywhere only beside them,
+# and gains of norms, what `tune` trains without a mask, beside the norms.
+PATHS = (("lines", "hook"), ("lines", "adapter"), ("uniform", "hook"), ("norm", "hook"))
 _SIZE_OPTIONS = ("layers", "width", "heads", "ffn", "vocab")
 
 

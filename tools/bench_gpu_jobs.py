@@ -76,7 +76,8 @@ def replay(job: Job) -> Result:
     run, copy = folder / f"run-{job['quant']}", folder / f"replayed-{job['quant']}.safetensors"
     model = folder / f"tiny-llama-{job['quant']}.gguf"
     tune = ["tune", "-m", str(model), "--data", str(folder / "task"), "-o", str(run), "--overwrite"]
-    tune += ["--method", "sensitive", "--iters", str(_TUNE_STEPS)]
+    method = "sensitive" if job["path"] == "adapter" else "sensitive+norm"
+    tune += ["--method", method, "--iters", str(_TUNE_STEPS)]
     tune += ["-ngl", str(job["n_gpu_layers"]), "--path", job["path"]]
     tune += ["-t", str(job["threads"]), "--valid-rows", "20"]
     for arguments in (tune, ["replay", str(run), "-o", str(copy), "--overwrite"]):
@@ -157,8 +158,7 @@ def batch(job: Job) -> Result:
 
 
 def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
-    """An engine with a mask, and a function that makes an spsa step with adam."""
-    from bench_gpu_model import make_mask
+    """An engine with something to train, and a function that makes an spsa step with adam."""
     from bench_hook import make_examples
 
     from zo_gguf.engine import Engine, Probe
@@ -169,7 +169,7 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     file = GgufFile(Path(job["model"]))
     width = job.get("probes_per_decode", 1)
     engine = Engine(
-        file, mask=make_mask(file, job["mask"]), n_threads=job["threads"], path=job["path"],
+        file, mask=_trained(file, job["mask"]), n_threads=job["threads"], path=job["path"],
         ctx_tokens=job.get("ctx_tokens", width * job["examples"] * job["tokens"]),
         probes_per_decode=width,
         n_gpu_layers=job["n_gpu_layers"], kv_layout=job.get("kv_layout", "unified"),
@@ -186,6 +186,19 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
         engine.set_theta(theta)
 
     return engine, make_step
+
+
+def _trained(file: Any, kind: str) -> Any:
+    """A mask on random weights, or the gains of all norms."""
+    from bench_gpu_model import make_mask
+
+    from zo_gguf.config import TuneConfig
+    from zo_gguf.methods import start
+
+    if kind == "norm":
+        config = TuneConfig(model=str(file.path), data="none", output="none", method=kind)
+        return start(config, file)
+    return make_mask(file, kind)
 
 
 def _plain(job: Job) -> Any:

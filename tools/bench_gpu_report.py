@@ -119,7 +119,7 @@ def _memory(cases: Entries) -> Iterator[list[str]]:
 
 
 def _step(cases: Entries) -> Iterator[list[str]]:
-    header = ["model", "quant", "mask", "path", "probes a decode", "CUDA graphs", "step, ms"]
+    header = ["model", "quant", "trained", "path", "probes a decode", "CUDA graphs", "step, ms"]
     header += ["a forward, ms"]
     header += ["ratio", "quartiles", "target", "parameters"]
     yield header
