@@ -237,7 +237,8 @@ def plot(report: Report, path: Path) -> None:
         return
     labels = list(dict.fromkeys(outcome.label for outcome in report.outcomes if outcome.runs))
     colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    figure = Figure(figsize=(3 + 5 * len(quants), 5), layout="constrained")
+    height = max(5.0, 0.21 * (len(labels) + len(report.bounds) + 1))  # as tall as the legend
+    figure = Figure(figsize=(3 + 5 * len(quants), height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(quants), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
@@ -248,18 +249,23 @@ def plot(report: Report, path: Path) -> None:
             if outcome.quant != quant or not outcome.runs:
                 continue
             number = labels.index(outcome.label)
-            (handles[outcome.label],) = axes.plot(
+            (line,) = axes.plot(
                 *zip(*mean_curve(outcome.runs), strict=True),
                 color=colors[number % len(colors)],
                 linestyle="-" if number < len(colors) else ":",
                 linewidth=2.2 if outcome.label == report.reference else 1.2,
             )
+            handles.setdefault(outcome.label, line)
         for method, style in zip(report.bounds, ("--", ":", "-."), strict=False):
             if quant in report.bounds[method]:
-                height = report.bounds[method][quant]["valid"]["loss"]
+                bound = report.bounds[method][quant]["valid"]["loss"]
                 label = f"first-order bound, {method}"
-                handles[label] = axes.axhline(height, color="0.3", linestyle=style)
+                line = axes.axhline(bound, color="0.3", linestyle=style)
+                handles.setdefault(label, line)
     panels[0].set_ylabel("validation loss")
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    # From the highest line to the lowest, as they end in the first panel that has them.
+    order = sorted(handles, key=lambda label: -float(handles[label].get_ydata()[-1]))
+    lines = [handles[label] for label in order]
+    figure.legend(lines, order, loc="outside right upper", fontsize="small")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
