@@ -152,10 +152,14 @@ def _model_facts(file: GgufFile) -> dict[str, Any]:
 
 def _entries(source: Mask | Delta) -> dict[str, Any]:
     total = sum(n_rows * n_cols for n_rows, n_cols in source.shapes.values())
+    n_sparse = sum(indices.size for indices in source.tensors.values())
+    edits = source.edits if isinstance(source, Delta) else {}
+    kinds = Counter({"sparse": len(source.tensors)}) + Counter(e.kind for e in edits.values())
     return {
         "weights": source.nnz,
-        "share of their tensors": f"{source.nnz / total:.4%}",
-        "tensors": len(source.tensors),
+        "share of their tensors": f"{n_sparse / total:.4%}" if total else None,
+        "tensors": kinds.total(),
+        "kinds": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
         "base file": source.header.base_name,
         "base sha256": source.header.base_sha256,
         "method": source.header.method,

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from zo_gguf.dataset import find_split
 from zo_gguf.delta import Delta
 from zo_gguf.files import atomic_write, sha256_file
 from zo_gguf.run import Run, State
@@ -92,9 +93,10 @@ def environment(run: Run) -> dict[str, Any]:
     files = {}
     for name in ("model", "mask", "data"):
         path = Path(getattr(run.config, name))
-        if name == "mask" and not path.exists():
-            continue  # a method without a mask
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        if name == "mask" and not (run.config.reads_mask and path.is_file()):
+            continue
+        splits = [find_split(path, split) for split in ("train", "valid")]
+        for file in filter(None, splits) if path.is_dir() else [path]:
             files[str(file)] = sha256_file(file)
     return {
         "python": platform.python_version(),
