@@ -127,6 +127,17 @@ def test_certain_answers_have_no_response() -> None:
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
+def test_an_answer_that_is_rounded_to_certainty_has_no_response(one_sided: bool) -> None:
+    """Its residuals are 0 at theta, so that they do not tell which choice is right."""
+    near, sure = [[2e-16, -2e-16, 0.0]], [[0.0, 0.0, 0.0]]
+    probes = np.array(sure + near + sure) if one_sided else np.array(near + sure + sure + near)
+    scores = Scores(np.zeros((len(probes), 1)), np.ones((len(probes), 1)), 1, [probes])
+    slopes, information = slopes_and_fisher(scores, 0.05, one_sided)
+    np.testing.assert_allclose(slopes, 0.0, atol=1e-9)
+    np.testing.assert_allclose(information, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
 def test_the_step_is_that_of_the_whole_space_where_the_directions_span_it(one_sided: bool) -> None:
     model, rows = engine(), range(300)
     directions, _ = natural(model, rows, range(N_WEIGHTS), EPS, 1e-9, one_sided=one_sided)

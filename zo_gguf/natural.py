@@ -54,10 +54,15 @@ def slopes_and_fisher(scores: Scores, eps: float, one_sided: bool = False) -> tu
     choices = ~np.isnan(scores.correct[0])
     for k, (outcome, is_choice) in enumerate(zip(scores.outcomes, choices, strict=True)):
         plus, minus = sides(outcome, one_sided)  # (n_directions, n)
-        if one_sided:
-            slope, response = (_from_choices if is_choice else _from_tokens)(plus, minus, eps)
+        # Only the right choice has residuals below 0; of a certain one all may be 0.
+        right = int(outcome.sum(axis=0).argmin())
+        if one_sided and is_choice:
+            slope, response = _from_choices(plus, minus, right, eps)
+        elif one_sided:
+            slope, response = _from_tokens(plus, minus, eps)
         else:
-            weight = _probability(0.5 * (plus + minus)) if is_choice else outcome.shape[1]
+            middle = 0.5 * (plus + minus)
+            weight = _probability(middle, right) if is_choice else outcome.shape[1]
             response = (plus - minus) / (2 * eps) / np.sqrt(weight)
             slope = np.subtract(*sides(scores.losses[:, k], one_sided)) / (2 * eps)
         slopes.append(slope)
@@ -66,12 +71,12 @@ def slopes_and_fisher(scores: Scores, eps: float, one_sided: bool = False) -> tu
     return np.mean(slopes, axis=0), np.asarray(flat @ flat.T / len(responses))
 
 
-def _from_choices(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
+def _from_choices(there: Matrix, here: Matrix, right: int, eps: float) -> tuple[Matrix, Matrix]:
     """Slopes, (n_directions,), and responses, (n_directions, n), as of logits linear in eps."""
-    p = _probability(here)
-    change = np.log(_probability(there) / p) / eps
+    p = _probability(here, right)
+    change = np.log(_probability(there, right) / p) / eps
     change -= (p * change).sum(axis=1, keepdims=True)  # which leaves out the divergence
-    return -(change * (here < 0)).sum(axis=1), change * np.sqrt(p)
+    return -change[:, right], change * np.sqrt(p)
 
 
 def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
@@ -82,8 +87,9 @@ def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matri
     return change.mean(axis=1), change / np.sqrt(change.shape[1])
 
 
-def _probability(residual: Matrix) -> Matrix:
-    probability = np.where(residual < 0, residual + 1, residual)  # only the right choice's is
+def _probability(residual: Matrix, right: int) -> Matrix:
+    probability = residual.copy()
+    probability[:, right] += 1
     return np.maximum(probability, _LEAST_PROBABILITY)
 
 
@@ -92,7 +98,7 @@ def natural_slopes(slopes: Matrix, information: Matrix, damping: float) -> Matri
 
     Args:
         slopes: Mean over rows along each direction, (n_directions,).
-        information: From `fisher`.
+        information: From `slopes_and_fisher`.
         damping: Added to the diagonal, as a share of its mean.
     """
     n = len(information)

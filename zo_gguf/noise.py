@@ -21,7 +21,6 @@ _TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in
 _FLOOR_SEEDS = 12
 _SLOPE_SEEDS = 8
 _FIRST, _LAST = 4e-3, 0.512
-_LEAST = 1e-6  # eps below which nothing is tried
 MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
 NO_SLOPE = (
@@ -93,11 +92,11 @@ def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
             rows.append(slopes)
             bar.update(1)
             if len(rows) > 2 and _bends(rows, ladder, floor):
-                if not _bends_at_once(rows, ladder) or first <= max(_LEAST, 4 * tiny):
+                if not _bends_at_once(rows, ladder) or first <= 4 * tiny:
                     break
                 # Not linear from the start: the parameters are large in number or in effect.
                 ladder, rows = [], []
-                first = max(first / 8, _LEAST, 4 * tiny)
+                first = max(first / 8, 4 * tiny)
                 eps = first / 2
             eps *= 2
     if tiny > _TINY:  # such a step changes the loss by more than noise
