@@ -18,11 +18,9 @@ from zo_gguf.errors import ZoError
 from zo_gguf.options import Config, option
 from zo_gguf.options import config_hash as config_hash
 from zo_gguf.options import to_dict as to_dict
-from zo_gguf.tune_config import DATA, GPU, OVERWRITE, THREADS, RowsConfig
+from zo_gguf.tune_config import DATA, GPU, JSON, OVERWRITE, THREADS, RowsConfig
 from zo_gguf.tune_config import MASK_SUFFIX as MASK_SUFFIX
 from zo_gguf.tune_config import TuneConfig as TuneConfig
-
-_JSON = "print one JSON object on stdout"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +124,7 @@ class EvalConfig(RowsConfig):
     rows: int = option(help="rows used, from the first; 0 means all", default=0, low=0)
     threads: int | None = option("-t", help=THREADS, default=None, low=1)
     n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
-    json: bool = option(help=_JSON, default=False)
+    json: bool = option(help=JSON, default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +156,7 @@ class MergeConfig(Config):
     )
     threads: int | None = option("-t", help=THREADS, default=None, low=1)
     overwrite: bool = option(help=OVERWRITE, default=False)
-    json: bool = option(help=_JSON, default=False)
+    json: bool = option(help=JSON, default=False)
 
     def check(self) -> None:
         """Rejects options that would have no effect."""
@@ -172,7 +170,7 @@ class DataCheckConfig(RowsConfig):
 
     data: str = option(help=DATA, positional=True, metavar="DATA")
     row: int = option(help="row to print, counted from 1", default=1, low=1)
-    json: bool = option(help=_JSON, default=False)
+    json: bool = option(help=JSON, default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +181,13 @@ class ReplayConfig(Config):
     output: str | None = option(
         "-o", help="where to write the delta (default: only compare)", default=None, metavar="FILE"
     )
-    step: int | None = option(help="stop after this step (default: the last)", default=None, low=0)
+    step: int | None = option(
+        help="stop after this step (default: that of the run's delta.safetensors, or the last)",
+        default=None,
+        low=0,
+    )
     overwrite: bool = option(help=OVERWRITE, default=False)
+    json: bool = option(help=JSON, default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +195,11 @@ class InfoConfig(Config):
     """Options of `info`: what a GGUF, mask, delta, trajectory or run folder holds."""
 
     path: str = option(help="file or run folder", positional=True, metavar="FILE|RUN")
-    json: bool = option(help=_JSON, default=False)
+    json: bool = option(help=JSON, default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig(Config):
     """Options of `env`: versions, backends, and whether a GPU will be used."""
 
-    json: bool = option(help=_JSON, default=False)
+    json: bool = option(help=JSON, default=False)

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from zo_gguf.encoding import Encoder
 from zo_gguf.encoding import Example as Example
 from zo_gguf.errors import ZoError
@@ -155,6 +157,16 @@ def iter_examples(
     for shape, count in converted.items():
         if shape:
             _log.warning("%s: converted %d rows from `%s`.", file, count, shape)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of what the model sees of the examples, as hex."""
+    sha = hashlib.sha256()
+    for example in examples:
+        for numbers in (example.tokens, example.target_mask, (example.answer,), *example.choices):
+            sha.update(np.asarray(numbers, np.int64).tobytes())
+            sha.update(b";")
+    return sha.hexdigest()
 
 
 def _validation_rows(n_rows: int, share: float) -> set[int]:

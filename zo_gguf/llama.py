@@ -81,6 +81,12 @@ def load_model(
     if not model:
         reason = messages[0] if messages else "no reason given"
         raise ZoError(f"llama.cpp cannot load {str(path)!r}: {reason}")
+    if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
+        llama_cpp.llama_model_free(model)
+        raise ZoError(
+            f"{path.name!r} has recurrent layers (as Mamba, RWKV and linear attention), for which "
+            "llama.cpp splits batches in ways that cannot be followed; take a model with attention."
+        )
     return model
 
 

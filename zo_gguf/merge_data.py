@@ -93,6 +93,8 @@ def measure_baseline(
     ctx_tokens = run.ctx_tokens if run else _CTX_TOKENS
     with Engine(base.path, mask=delta, n_threads=config.threads, ctx_tokens=ctx_tokens) as engine:
         examples, calibration = _load(config, run, engine)
+        if not examples:
+            return "Nothing was measured, as the run kept no rows for it; give --data to do so."
         tuned = _measure_hooked(engine, examples)
     stock = measure_stock(base.path, examples, n_threads=config.threads)
     return Baseline(examples, stock, tuned, calibration)
@@ -109,8 +111,6 @@ def _load(
     if config.data is not None:
         examples = load_examples(config.data, engine, split="valid", **_reading(run))
         return examples, train or _train_rows(config.data, run, engine) or examples
-    if not valid:
-        raise ZoError(f"The run {config.run!r} kept no rows for validation; give --data.")
     assert run is not None
     return valid[: run.valid_rows or None], train
 

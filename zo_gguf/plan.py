@@ -19,7 +19,7 @@ from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import record_size
-from zo_gguf.tune import MEASURED_ROWS, load_rows
+from zo_gguf.tune import MEASURED_ROWS, load_rows, refuse_unread_mask
 from zo_gguf.width import choose_width
 
 _TIMED_STEPS = 3
@@ -96,6 +96,7 @@ def plan(config: TuneConfig) -> PlanResult:
         DoesNotFitError: The weights alone exceed the free memory, or the run's files the disk.
         ZoError: As `tune`.
     """
+    refuse_unread_mask(config)
     method = Trainable(config)
     weights = sum(info.n_bytes for info in GgufFile(config.model).tensors.values())
     available = int(psutil.virtual_memory().available)
@@ -113,6 +114,9 @@ def plan(config: TuneConfig) -> PlanResult:
         engine.probes_per_decode = asked
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
+        n_searches = int(config.eps == "auto")
+        if len(method.kinds) > 1 and not config.unit:
+            n_searches = len(method.kinds)
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
     trainable = BYTES_PER_ENTRY * state.theta.size
@@ -129,7 +133,7 @@ def plan(config: TuneConfig) -> PlanResult:
         available=available,
         on_gpu=on_gpu,
         seconds_per_step=per_step,
-        seconds=_total_seconds(config, per_step, len(valid)),
+        seconds=_total_seconds(config, per_step, len(valid), n_searches),
         disk=disk,
         tokens_per_step=tokens,
         probes_per_decode=asked,
@@ -162,15 +166,15 @@ def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, 
     return float(np.median(seconds)), int(np.median(tokens))
 
 
-def _total_seconds(config: TuneConfig, per_step: float, n_valid: int) -> float:
-    """Steps, validations, and the forward passes that choose eps."""
+def _total_seconds(config: TuneConfig, per_step: float, n_valid: int, n_searches: int) -> float:
+    """Steps, validations, and the forward passes that choose eps for some kinds of parameters."""
     forward = per_step / config.forwards_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
     per_validation = forward * n_valid / config.n_rows
     more_rows = max(1, MEASURED_ROWS // config.n_rows)
-    choosing = forward * MAX_FORWARDS * more_rows if config.eps == "auto" else 0.0
-    return config.iters * per_step + validations * per_validation + choosing
+    choosing = forward * MAX_FORWARDS * more_rows
+    return config.iters * per_step + validations * per_validation + n_searches * choosing
 
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
@@ -187,7 +191,7 @@ def _check_disk(config: TuneConfig, needed: int) -> None:
     if needed > free:
         raise DoesNotFitError(
             f"The run takes {needed / _MIB:,.0f} MiB of disk, but {free / _MIB:,.0f} MiB are free "
-            f"at {folder!r}; give another -o or raise --save-every."
+            f"at {folder!r}; give another -o or free some."
         )
 
 

@@ -76,12 +76,10 @@ class Progress:
             shown = "  ".join(f"{name} {value}" for name, value in text.items())
             self._say(f"step {record.step}/{self._iters}  {shown}  {left / 60:.0f} min left")
 
-    def validated(self, result: EvalResult) -> None:
-        """Show a validation."""
+    def validated(self, step: int, result: EvalResult) -> None:
+        """Show a validation after `step` steps."""
         accuracy = "" if result.accuracy is None else f"  accuracy {result.accuracy:.3f}"
-        step = self._bar.n if not self._bar.disable else None
-        where = f"step {step}: " if step is not None else ""
-        self._say(f"{where}valid loss {result.loss:.4f}{accuracy}  ({result.n} rows)")
+        self._say(f"step {step}: valid loss {result.loss:.4f}{accuracy}  ({result.n} rows)")
         self._last_step = time.monotonic()
 
     def _say(self, line: str) -> None:

@@ -1,5 +1,6 @@
 """`zo-gguf replay`: rebuild a run's delta from its trajectory, without any forward pass."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ class ReplayResult:
     output: str | None
 
     def render(self, as_json: bool = False) -> str:
-        """One or two sentences."""
+        """One or two sentences, or JSON."""
+        if as_json:
+            facts = {"step": self.step, "identical": self.identical, "output": self.output}
+            return json.dumps({"weights": self.delta.nnz} | facts)
         comparison = {
             None: "The run has no delta of this step to compare with.",
             True: "Every bit equals the run's delta.safetensors.",

@@ -1,11 +1,11 @@
 """The run directory: what a run leaves on disk, and how a killed run comes back to life.
 
     RUN/config.yaml          every option, resolved
-    RUN/env.json             versions, and hashes of base, mask and data
     RUN/trajectory.bin       the truth: one record per step, written before theta moves
     RUN/metrics.jsonl        losses and accuracies for people and plots
     RUN/checkpoints/         state.safetensors, latest.safetensors, best.safetensors
-    RUN/delta.safetensors, loss.png, summary.json    written at the end
+    RUN/delta.safetensors, loss.png, summary.json    written at the end, as is
+    RUN/env.json             versions, and hashes of base, mask and data
 
 A checkpoint only saves time: state at step n and the records after n give the same bits as an
 uninterrupted run.
@@ -14,7 +14,7 @@ uninterrupted run.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,15 +239,20 @@ _OWN_FILES = (
 )
 
 
-def open_trajectory(run: Run, trainable: Trainable, n_features: int | None = None) -> Trajectory:
+def open_trajectory(
+    run: Run, trainable: Trainable, of_rows: Mapping[str, Any] | None = None
+) -> Trajectory:
     """The run's trajectory, made if the run has not begun; checked against base and options.
 
+    Args:
+        run, trainable: The run, and its parameters.
+        of_rows: What the header is to say of the data; a replay, which reads none, has nothing.
+
     Raises:
-        ZoError: It is damaged, or belongs to another base, mask or optimizer.
+        ZoError: It is damaged, or belongs to another base, mask, data or optimizer.
     """
     header = {
         "directions": run.config.directions,
-        "features": n_features,
         "estimator": run.config.estimator,
         "optimizer": run.config.optimizer,
         "method": run.config.method,
@@ -255,18 +260,17 @@ def open_trajectory(run: Run, trainable: Trainable, n_features: int | None = Non
         "base_sha256": trainable.base_sha256,
         "nnz": int(trainable.theta0().size),
         "theta0_sha256": digest(trainable.theta0()),
+        **(of_rows or {}),
     }
     if not run.trajectory_path.exists():
         return Trajectory.create(run.trajectory_path, header)
     trajectory = Trajectory.load(run.trajectory_path)
-    if n_features is None:
-        del header["features"]
     for name, value in header.items():
         if trajectory.header.get(name) != value:
             raise ZoError(
                 f"The trajectory of {str(run.path)!r} was recorded with {name} "
                 f"{trajectory.header.get(name)}, but the run's files now have {value}; put the "
-                "original mask and config.yaml back."
+                "original mask, data and config.yaml back."
             )
     return trajectory
 

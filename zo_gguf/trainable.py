@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from zo_gguf.config import TuneConfig
 from zo_gguf.delta import Delta
 from zo_gguf.engine import Engine
+from zo_gguf.errors import ZoError
 from zo_gguf.estimator import distribution_of
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.llama import default_threads, native_library
@@ -52,7 +53,15 @@ class Trainable:
         return self._parameters.units()
 
     def set_units(self, units: Mapping[str, float]) -> None:
-        """See `Parameters.set_units`."""
+        """See `Parameters.set_units`.
+
+        Raises:
+            ZoError: A kind is none of those that are trained.
+        """
+        for kind in units:
+            if kind not in self.kinds:
+                trained = ", ".join(self.kinds)
+                raise ZoError(f"unit {kind!r} is no kind that this run trains; those: {trained}.")
         self._parameters.set_units(units)
 
     @property

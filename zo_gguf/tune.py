@@ -1,7 +1,7 @@
 """`zo-gguf tune`: zeroth-order fine-tuning. Read this file first.
 
-A step draws rows, measures the loss on both sides of theta along random directions, writes what it
-measured to the trajectory, and commits. The loop knows no method or optimizer.
+A step draws rows, measures the loss near theta along random directions, writes what it measured to
+the trajectory, and commits. The loop knows no method or optimizer.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 from zo_gguf.adjust import Adjustment, n_features
 from zo_gguf.clip import Clip
 from zo_gguf.config import TuneConfig
-from zo_gguf.dataset import Example, load_train_valid
+from zo_gguf.dataset import Example, digest, load_train_valid
 from zo_gguf.delta import Delta
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
@@ -64,15 +64,20 @@ def tune(config: TuneConfig) -> TuneResult:
         ZoError: An option, file or row cannot be used, or the loss is not finite.
         KeyboardInterrupt: After Ctrl-C, with everything saved.
     """
-    if config.mask and not config.reads_mask:
-        raise ZoError(
-            f"--method {config.method} reads no mask; leave --mask out, or take --method sensitive."
-        )
+    refuse_unread_mask(config)
     paths = {name: getattr(config, name) for name in ("model", "mask", "data", "output")}
     absolute = {name: os.path.abspath(path) for name, path in paths.items() if path}
     config = dataclasses.replace(config, **absolute)
     Run.check_folder(config)
     return _tune(config, config.output, lambda: Run.create(config))
+
+
+def refuse_unread_mask(config: TuneConfig) -> None:
+    """Raise ZoError for a mask that was given and would not be trained."""
+    if config.mask and not config.reads_mask:
+        raise ZoError(
+            f"--method {config.method} reads no mask; leave --mask out, or take --method sensitive."
+        )
 
 
 def resume(run: str | os.PathLike[str]) -> TuneResult:
@@ -93,11 +98,15 @@ def _tune(
     require_file(config.model, "model")
     trainable = Trainable(config)
     with trainable.open_engine() as engine:
+        trainable.set_units(parse_units(config.unit))  # refused before anything is written
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
-        n = n_features(train, config.n_rows) if config.adjust else 0
+        measured = {
+            "features": n_features(train, config.n_rows) if config.adjust else 0,
+            "rows_sha256": digest([*train, *valid]),
+        }
         with locked(folder, "run folder"):
-            return _train(open_run(), trainable, engine, draw, valid, n)
+            return _train(open_run(), trainable, engine, draw, valid, measured)
 
 
 def _train(
@@ -106,16 +115,16 @@ def _train(
     engine: Engine,
     draw: Draw,
     valid: Sequence[Example],
-    n_adjusted: int,
+    measured: dict[str, Any],
 ) -> TuneResult:
     """Bring back what the run's files hold, run the loop from there, report."""
-    trajectory = open_trajectory(run, trainable, n_adjusted)
+    trajectory = open_trajectory(run, trainable, measured)
     try:
         run.reload_metrics(trajectory.n_records)
         state = run.load_state(trainable, trajectory.n_records)
         trainable.place(state.theta, state.step)
         trainable.set_units(parse_units(run.config.unit))
-        clip, adjustment = Clip(run.config.clip), Adjustment(n_adjusted)
+        clip, adjustment = Clip(run.config.clip), Adjustment(measured["features"])
         for record in trajectory.records():
             clip.remember(record.directions)
             adjustment.remember(record.features)
@@ -187,7 +196,7 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
     with Progress(config, state.step) as progress:
         while True:
             if _validation_due(session):
-                progress.validated(_validate(session))
+                progress.validated(state.step, _validate(session))
             if state.step >= config.iters or _out_of_patience(session):
                 break
             if interrupt.requested:

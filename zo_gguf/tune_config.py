@@ -12,6 +12,7 @@ THREADS = "CPU threads (default: the number of physical cores)"
 DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
 GPU = "layers kept on the GPU; -1 means all"
 OVERWRITE = "replace an output that is already there"
+JSON = "print one JSON object on stdout"
 MASK_SUFFIX = ".mask.safetensors"
 SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
 
@@ -85,9 +86,9 @@ class TuneConfig(RowsConfig):
         metavar="NAME",
     )
     estimator: Literal["spsa", "natural", "fzoo", "grzo"] = option(
-        help="how losses become a gradient estimate: two-sided probes (spsa; natural: combined to "
-        "the natural gradient of their span), one-sided ones (fzoo), or a direction for each row "
-        "(grzo)",
+        help="how losses become a gradient estimate: probes on both sides of theta (spsa), probes "
+        "combined to the natural gradient of their span (natural), on one side (fzoo), or with a "
+        "direction for each row (grzo)",
         default="natural",
     )
     optimizer: str = option(
@@ -155,8 +156,9 @@ class TuneConfig(RowsConfig):
         default=False,
     )
     unit: list[str] = option(
-        help="length of a unit step for one kind of parameter, such as gain=2.5; repeatable "
-        "(default: measured where several kinds are trained)",
+        help="length of a unit step for one kind of parameter (sparse, gain, scale, weight, lora, "
+        "subspace), such as gain=2.5, 1 for those not named; repeatable (default: measured where "
+        "several kinds are trained)",
         default=[],
         metavar="KIND=LENGTH",
     )
@@ -204,6 +206,7 @@ class TuneConfig(RowsConfig):
         help="share of a single data file kept for validation", default=0.05, low=0, below=1
     )
     overwrite: bool = option(help=OVERWRITE, default=False)
+    json: bool = option(help=JSON, default=False)
 
     def check(self) -> None:
         """Checks the options that depend on each other; fills in those that follow from others."""

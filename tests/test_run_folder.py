@@ -1,0 +1,158 @@
+"""What a run's folder says of its files, and that it notices when they change."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zo_gguf.cli import main
+from zo_gguf.config import InfoConfig, MergeConfig, TuneConfig
+from zo_gguf.delta import Delta
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.info import info
+from zo_gguf.merge import merge
+from zo_gguf.methods import METHODS, start
+from zo_gguf.tune import resume, tune
+
+N_STEPS = 4
+
+
+def options(tiny_export: SimpleNamespace, data: Path, run: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(tiny_export.model("Q4_0")),
+        "data": str(data),
+        "output": str(run),
+        "iters": N_STEPS,
+        "directions": 2,
+        "eps": 0.05,
+        "learning_rate": 0.02,
+        "valid_every": 2,
+        "valid_rows": 4,
+        "threads": 1,
+    } | more
+
+
+@pytest.fixture(scope="module")
+def data(task_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the task that tests may change."""
+    return Path(shutil.copytree(task_dir, tmp_path_factory.mktemp("data") / "task"))
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_export: SimpleNamespace, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of the default method, from a folder that holds rows of something else."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "unrelated.jsonl").write_text("{}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(elsewhere)
+        tune(TuneConfig(**options(tiny_export, data, run)))
+    return run
+
+
+def test_hashes_are_those_of_the_files_that_made_the_run(
+    finished: Path, tiny_export: SimpleNamespace, data: Path
+) -> None:
+    hashes = json.loads((finished / "env.json").read_text())["sha256"]
+    files = [tiny_export.model("Q4_0"), data / "train.jsonl", data / "valid.jsonl"]
+    assert set(hashes) == {str(file) for file in files}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "sensitive+norm"])
+def test_info_on_a_delta_of_every_method(
+    method: str, tiny_export: SimpleNamespace, data: Path, tmp_path: Path
+) -> None:
+    dense = {"train": "norm"} if method == "dense" else {}
+    config = TuneConfig(**options(tiny_export, data, tmp_path, method=method, **dense))
+    delta: Delta = start(config, GgufFile(config.model))
+    delta.save(tmp_path / "d.safetensors")
+    result = info(InfoConfig(path=str(tmp_path / "d.safetensors")))
+    facts = json.loads(result.render(as_json=True))
+    assert facts["weights"] == delta.nnz
+    assert facts["tensors"] == len(delta.tensors) + len(delta.edits) > 0
+    assert ("sparse" in facts["kinds"]) == bool(delta.tensors)
+    assert result.render()
+
+
+def test_info_on_a_run_of_the_default_method(finished: Path) -> None:
+    facts = json.loads(info(InfoConfig(path=str(finished))).render(as_json=True))
+    assert facts["steps_done"] == N_STEPS
+    assert facts["delta.safetensors"]["weights"] > 0
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_changed_rows_are_noticed(split: str, finished: Path, data: Path, tmp_path: Path) -> None:
+    run, rows = tmp_path / "run", tmp_path / "task"
+    shutil.copytree(finished, run)
+    shutil.copytree(data, rows)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(data), str(rows)))
+    resume(run)  # the same rows at another place
+    lines = (rows / f"{split}.jsonl").read_text().splitlines()
+    lines[0], lines[1] = lines[1], lines[0]
+    (rows / f"{split}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ZoError, match=r"rows_sha256.*put the original mask, data"):
+        resume(run)
+
+
+def test_units_of_what_is_not_trained_are_refused(
+    tiny_export: SimpleNamespace, data: Path, tmp_path: Path
+) -> None:
+    given = options(tiny_export, data, tmp_path / "r", method="sensitive+norm", unit=["norm=2"])
+    with pytest.raises(ZoError, match=r"unit 'norm' is no kind.*those: sparse, gain"):
+        tune(TuneConfig(**given))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_without_validation_rows_merges_unmeasured(
+    tiny_export: SimpleNamespace, data: Path, tmp_path: Path
+) -> None:
+    run, merged = tmp_path / "run", tmp_path / "merged.gguf"
+    tune(TuneConfig(**options(tiny_export, data / "train.jsonl", run, val_split=0.0)))
+    result = merge(MergeConfig(run=str(run), output=str(merged), threads=1))
+    assert "Nothing was measured" in result.render()
+    assert GgufFile(merged).tensors.keys() == GgufFile(tiny_export.model("Q4_0")).tensors.keys()
+
+
+def test_replay_and_plan_as_json(
+    finished: Path,
+    tiny_export: SimpleNamespace,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["replay", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identical"] is True
+    files = ["-m", str(tiny_export.model("Q4_0")), "--data", str(data), "-t", "1"]
+    assert main(["plan", *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_step"] > 0
+    assert main(["plan", *files, "--method", "norm", "--mask", "m"]) == 2
+    assert "leave --mask out" in capsys.readouterr().err
+
+
+def test_validations_in_a_log_have_their_step(
+    tiny_export: SimpleNamespace, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tune(TuneConfig(**options(tiny_export, data, tmp_path / "r")))
+    text = capfd.readouterr().err
+    for step in range(0, N_STEPS + 1, 2):
+        assert f"step {step}: valid loss " in text
+
+
+def test_models_with_recurrent_layers_are_refused(
+    tiny_export: SimpleNamespace, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llama_cpp
+
+    for kind in ("recurrent", "hybrid"):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama_cpp, f"llama_model_is_{kind}", lambda model: True)
+            with pytest.raises(ZoError, match="has recurrent layers"):
+                tune(TuneConfig(**options(tiny_export, data, tmp_path / "r")))
+    assert np.isfinite(tune(TuneConfig(**options(tiny_export, data, tmp_path / "r"))).best_loss)
