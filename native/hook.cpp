@@ -256,7 +256,8 @@ bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
         return refuse("the product with " + weight.name + " has an unexpected shape or type");
     }
     // The norms of heads have [n, heads, tokens] values, others [n, tokens].
-    const int64_t                     n_heads = node->ne[2] > 1 ? node->ne[1] : 1;
+    const bool                        of_heads = node->ne[2] > 1 || (open && n_tokens == 1);
+    const int64_t                     n_heads  = of_heads ? node->ne[1] : 1;
     std::vector<column_range>         all;
     const std::vector<column_range> * ranges = columns_of(weight.name, n_columns(node) / n_heads, all);
     if (ranges == nullptr) {
@@ -486,7 +487,8 @@ zo_status zo_hook_end(zo_hook * hook, double * nll) {
         list_silent(hook->lowrank, hook->lowrank_fired, silent);
         list_silent(hook->gain, hook->gain_fired, silent);
         if (!silent.empty()) {
-            return fail(ZO_GRAPH, "the engine never multiplied by: " + silent);
+            return fail(ZO_GRAPH, "the engine never multiplied by: " + silent +
+                                      "; leave it out (--train, or --exclude for a mask)");
         }
         if (had_batch && !hook->saw_output) {
             return fail(ZO_GRAPH, "the engine's graph has no node named result_output");

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import numpy as np
 import pytest
 
 from zo_gguf.attach import attach, detach
 from zo_gguf.config import MergeConfig, TuneConfig
-from zo_gguf.dataset import load_examples
+from zo_gguf.dataset import Example, load_examples
 from zo_gguf.delta import Delta
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.errors import ZoError
@@ -72,6 +73,29 @@ def test_gains_equal_edited_norms(
         merged = engine.losses(examples)
     assert np.abs(merged - base).max() > 0.01
     np.testing.assert_allclose(hooked, merged, atol=2e-3)  # F16 products round
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 9])
+def test_norms_of_heads(n_tokens: int, tmp_path: Path) -> None:
+    """Also where a decode has one token, and heads lie where tokens do otherwise."""
+    file = GgufFile(models.converted("qwen3").gguf)
+    delta = start(TuneConfig(model=str(file.path), data="", output="", method="norm"), file)
+    assert {"blk.0.attn_q_norm.weight", "blk.1.attn_k_norm.weight"} <= set(delta.gains)
+    theta = 0.6 * np.random.default_rng(0).standard_normal(delta.nnz)
+    delta = delta.with_theta(theta.astype(np.float32), {})
+    edited = write_edited(file, delta, tmp_path / "edited.gguf")
+    row = Example(list(range(5, 6 + n_tokens)), [False] + n_tokens * [True])
+    hooked, merged, base = (
+        _loss(path, row, mask)
+        for path, mask in ((file.path, delta), (edited.path, None), (file.path, None))
+    )
+    assert abs(merged - base) > 0.004
+    assert hooked == pytest.approx(merged, abs=2e-3)  # F16 products round
+
+
+def _loss(path: Path, row: Example, mask: Delta | None) -> float:
+    with Engine(path, mask=mask, n_threads=1) as engine:
+        return float(engine.losses([row]).item())
 
 
 def test_probes_share_a_decode(
