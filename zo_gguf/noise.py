@@ -21,7 +21,7 @@ _TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in
 _FLOOR_SEEDS = 12
 _SLOPE_SEEDS = 8
 _FIRST, _LAST = 4e-3, 0.512
-MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # passes of one step's rows that it takes
+MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # of one step's rows, as a rule
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
 NO_SLOPE = (
     "The loss does not change with the trainable weights; check that the data's counted tokens are "

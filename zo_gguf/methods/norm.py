@@ -16,7 +16,7 @@ from zo_gguf.edits import Edits, Gain
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 
-_NORM = re.compile(r"norm\.weight$")
+_NORM = re.compile(r"norm(_\d+)?\.weight$")
 
 
 def norm(config: TuneConfig, gguf: GgufFile) -> Delta:
