@@ -265,12 +265,12 @@ def open_trajectory(
     if not run.trajectory_path.exists():
         return Trajectory.create(run.trajectory_path, header)
     trajectory = Trajectory.load(run.trajectory_path)
+    recorded = dict(of_rows or {}) | trajectory.header  # older ones may say less of the rows
     for name, value in header.items():
-        if trajectory.header.get(name) != value:
+        if recorded.get(name) != value:
             raise ZoError(
-                f"The trajectory of {str(run.path)!r} was recorded with {name} "
-                f"{trajectory.header.get(name)}, but the run's files now have {value}; put the "
-                "original mask, data and config.yaml back."
+                f"The trajectory of {str(run.path)!r} has {name} {recorded.get(name)}, "
+                f"but now it is {value}; put the original mask, data and config.yaml back."
             )
     return trajectory
 
