@@ -17,6 +17,7 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.info import info
 from zo_gguf.merge import merge
 from zo_gguf.methods import METHODS, start
+from zo_gguf.trajectory import Trajectory
 from zo_gguf.tune import resume, tune
 
 N_STEPS = 4
@@ -38,14 +39,8 @@ def options(tiny_export: SimpleNamespace, data: Path, run: Path, **more: Any) ->
 
 
 @pytest.fixture(scope="module")
-def data(task_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the task that tests may change."""
-    return Path(shutil.copytree(task_dir, tmp_path_factory.mktemp("data") / "task"))
-
-
-@pytest.fixture(scope="module")
 def finished(
-    tiny_export: SimpleNamespace, data: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run of the default method, from a folder that holds rows of something else."""
     run = tmp_path_factory.mktemp("runs") / "run"
@@ -53,24 +48,24 @@ def finished(
     (elsewhere / "unrelated.jsonl").write_text("{}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(elsewhere)
-        tune(TuneConfig(**options(tiny_export, data, run)))
+        tune(TuneConfig(**options(tiny_export, task_dir, run)))
     return run
 
 
 def test_hashes_are_those_of_the_files_that_made_the_run(
-    finished: Path, tiny_export: SimpleNamespace, data: Path
+    finished: Path, tiny_export: SimpleNamespace, task_dir: Path
 ) -> None:
     hashes = json.loads((finished / "env.json").read_text())["sha256"]
-    files = [tiny_export.model("Q4_0"), data / "train.jsonl", data / "valid.jsonl"]
+    files = [tiny_export.model("Q4_0"), task_dir / "train.jsonl", task_dir / "valid.jsonl"]
     assert set(hashes) == {str(file) for file in files}
 
 
 @pytest.mark.parametrize("method", [*METHODS, "sensitive+norm"])
 def test_info_on_a_delta_of_every_method(
-    method: str, tiny_export: SimpleNamespace, data: Path, tmp_path: Path
+    method: str, tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
     dense = {"train": "norm"} if method == "dense" else {}
-    config = TuneConfig(**options(tiny_export, data, tmp_path, method=method, **dense))
+    config = TuneConfig(**options(tiny_export, task_dir, tmp_path, method=method, **dense))
     delta: Delta = start(config, GgufFile(config.model))
     delta.save(tmp_path / "d.safetensors")
     result = info(InfoConfig(path=str(tmp_path / "d.safetensors")))
@@ -88,12 +83,14 @@ def test_info_on_a_run_of_the_default_method(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_changed_rows_are_noticed(split: str, finished: Path, data: Path, tmp_path: Path) -> None:
+def test_changed_rows_are_noticed(
+    split: str, finished: Path, task_dir: Path, tmp_path: Path
+) -> None:
     run, rows = tmp_path / "run", tmp_path / "task"
     shutil.copytree(finished, run)
-    shutil.copytree(data, rows)
+    shutil.copytree(task_dir, rows)
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(data), str(rows)))
+    config.write_text(config.read_text().replace(str(task_dir), str(rows)))
     resume(run)  # the same rows at another place
     lines = (rows / f"{split}.jsonl").read_text().splitlines()
     lines[0], lines[1] = lines[1], lines[0]
@@ -102,34 +99,53 @@ def test_changed_rows_are_noticed(split: str, finished: Path, data: Path, tmp_pa
         resume(run)
 
 
-def test_units_of_what_is_not_trained_are_refused(
-    tiny_export: SimpleNamespace, data: Path, tmp_path: Path
+def test_a_trajectory_from_before_rows_were_hashed_is_gone_on_with(
+    finished: Path, tmp_path: Path
 ) -> None:
-    given = options(tiny_export, data, tmp_path / "r", method="sensitive+norm", unit=["norm=2"])
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    old = Trajectory.load(run / "trajectory.bin")
+    records = list(old.records())
+    header = {name: value for name, value in old.header.items() if name != "rows_sha256"}
+    older = Trajectory.create(run / "trajectory.bin", header)
+    for record in records[:-1]:
+        older.append(record)
+    older.close()
+    shutil.rmtree(run / "checkpoints")
+    assert resume(run).steps == N_STEPS
+    assert list(Trajectory.load(run / "trajectory.bin").records()) == records
+
+
+def test_units_of_what_is_not_trained_are_refused(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    given = options(tiny_export, task_dir, tmp_path / "r", method="sensitive+norm", unit=["norm=2"])
     with pytest.raises(ZoError, match=r"unit 'norm' is no kind.*those: sparse, gain"):
         tune(TuneConfig(**given))
     assert not (tmp_path / "r").exists()
 
 
 def test_a_run_without_validation_rows_merges_unmeasured(
-    tiny_export: SimpleNamespace, data: Path, tmp_path: Path
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
     run, merged = tmp_path / "run", tmp_path / "merged.gguf"
-    tune(TuneConfig(**options(tiny_export, data / "train.jsonl", run, val_split=0.0)))
+    tune(TuneConfig(**options(tiny_export, task_dir / "train.jsonl", run, val_split=0.0)))
     result = merge(MergeConfig(run=str(run), output=str(merged), threads=1))
     assert "Nothing was measured" in result.render()
     assert GgufFile(merged).tensors.keys() == GgufFile(tiny_export.model("Q4_0")).tensors.keys()
 
 
-def test_replay_and_plan_as_json(
+def test_what_verbs_print_as_json(
     finished: Path,
     tiny_export: SimpleNamespace,
-    data: Path,
+    task_dir: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["replay", str(finished), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["identical"] is True
-    files = ["-m", str(tiny_export.model("Q4_0")), "--data", str(data), "-t", "1"]
+    assert main(["tune", "--resume", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == N_STEPS
+    files = ["-m", str(tiny_export.model("Q4_0")), "--data", str(task_dir), "-t", "1"]
     assert main(["plan", *files, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_step"] > 0
     assert main(["plan", *files, "--method", "norm", "--mask", "m"]) == 2
@@ -137,16 +153,16 @@ def test_replay_and_plan_as_json(
 
 
 def test_validations_in_a_log_have_their_step(
-    tiny_export: SimpleNamespace, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tune(TuneConfig(**options(tiny_export, data, tmp_path / "r")))
+    tune(TuneConfig(**options(tiny_export, task_dir, tmp_path / "r")))
     text = capfd.readouterr().err
     for step in range(0, N_STEPS + 1, 2):
         assert f"step {step}: valid loss " in text
 
 
 def test_models_with_recurrent_layers_are_refused(
-    tiny_export: SimpleNamespace, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llama_cpp
 
@@ -154,5 +170,5 @@ def test_models_with_recurrent_layers_are_refused(
         with monkeypatch.context() as patch:
             patch.setattr(llama_cpp, f"llama_model_is_{kind}", lambda model: True)
             with pytest.raises(ZoError, match="has recurrent layers"):
-                tune(TuneConfig(**options(tiny_export, data, tmp_path / "r")))
-    assert np.isfinite(tune(TuneConfig(**options(tiny_export, data, tmp_path / "r"))).best_loss)
+                tune(TuneConfig(**options(tiny_export, task_dir, tmp_path / "r")))
+    assert np.isfinite(tune(TuneConfig(**options(tiny_export, task_dir, tmp_path / "r"))).best_loss)

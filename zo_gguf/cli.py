@@ -104,11 +104,11 @@ def _run(argv: list[str]) -> int:
 
 
 def _resume(values: dict[str, Any]) -> int:
-    run = values.pop("resume")
+    run, as_json = values.pop("resume"), values.pop("json", False)
     if values:
         flags = ", ".join("--" + name.replace("_", "-") for name in values)
         raise ZoError(f"--resume goes on with the settings of the run; leave out {flags}.")
-    _report(_function("tune:resume")(run), False)
+    _report(_function("tune:resume")(run), as_json)
     return 0
 
 

@@ -159,7 +159,7 @@ def iter_examples(
             _log.warning("%s: converted %d rows from `%s`.", file, count, shape)
 
 
-def digest(examples: Sequence[Example]) -> str:
+def digest_examples(examples: Sequence[Example]) -> str:
     """SHA-256 of what the model sees of the examples, as hex."""
     sha = hashlib.sha256()
     for example in examples:

@@ -152,8 +152,8 @@ def _model_facts(file: GgufFile) -> dict[str, Any]:
 
 def _entries(source: Mask | Delta) -> dict[str, Any]:
     total = sum(n_rows * n_cols for n_rows, n_cols in source.shapes.values())
-    n_sparse = sum(indices.size for indices in source.tensors.values())
-    edits = source.edits if isinstance(source, Delta) else {}
+    delta = source if isinstance(source, Delta) else None
+    n_sparse, edits = (delta.n_sparse, delta.edits) if delta else (source.nnz, {})
     kinds = Counter({"sparse": len(source.tensors)}) + Counter(e.kind for e in edits.values())
     return {
         "weights": source.nnz,

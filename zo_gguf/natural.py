@@ -54,8 +54,8 @@ def slopes_and_fisher(scores: Scores, eps: float, one_sided: bool = False) -> tu
     choices = ~np.isnan(scores.correct[0])
     for k, (outcome, is_choice) in enumerate(zip(scores.outcomes, choices, strict=True)):
         plus, minus = sides(outcome, one_sided)  # (n_directions, n)
-        # Only the right choice has residuals below 0; of a certain one all may be 0.
-        right = int(outcome.sum(axis=0).argmin())
+        if is_choice:  # only the right one has residuals below 0; if it is certain, all may be 0
+            right = int(outcome.sum(axis=0).argmin())
         if one_sided and is_choice:
             slope, response = _from_choices(plus, minus, right, eps)
         elif one_sided:

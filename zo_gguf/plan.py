@@ -19,7 +19,7 @@ from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import record_size
-from zo_gguf.tune import MEASURED_ROWS, load_rows, refuse_unread_mask
+from zo_gguf.tune import MEASURED_ROWS, load_rows, measures_units, refuse_unread_mask
 from zo_gguf.width import choose_width
 
 _TIMED_STEPS = 3
@@ -115,7 +115,7 @@ def plan(config: TuneConfig) -> PlanResult:
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
         n_searches = int(config.eps == "auto")
-        if len(method.kinds) > 1 and not config.unit:
+        if measures_units(config, method):
             n_searches = len(method.kinds)
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)

@@ -90,14 +90,10 @@ def environment(run: Run) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed as a package"
-    files = {}
-    for name in ("model", "mask", "data"):
-        path = Path(getattr(run.config, name))
-        if name == "mask" and not (run.config.reads_mask and path.is_file()):
-            continue
-        splits = [find_split(path, split) for split in ("train", "valid")]
-        for file in filter(None, splits) if path.is_dir() else [path]:
-            files[str(file)] = sha256_file(file)
+    model, mask, data = (Path(getattr(run.config, name)) for name in ("model", "mask", "data"))
+    masks = [mask] if run.config.reads_mask and mask.is_file() else []
+    splits = [find_split(data, split) for split in ("train", "valid")] if data.is_dir() else [data]
+    files = {str(file): sha256_file(file) for file in [model, *masks, *splits] if file}
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -14,7 +14,7 @@ from typing import Any
 from zo_gguf.adjust import Adjustment, n_features
 from zo_gguf.clip import Clip
 from zo_gguf.config import TuneConfig
-from zo_gguf.dataset import Example, digest, load_train_valid
+from zo_gguf.dataset import Example, digest_examples, load_train_valid
 from zo_gguf.delta import Delta
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
@@ -103,7 +103,7 @@ def _tune(
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         measured = {
             "features": n_features(train, config.n_rows) if config.adjust else 0,
-            "rows_sha256": digest([*train, *valid]),
+            "rows_sha256": digest_examples([*train, *valid]),
         }
         with locked(folder, "run folder"):
             return _train(open_run(), trainable, engine, draw, valid, measured)
@@ -123,7 +123,6 @@ def _train(
         run.reload_metrics(trajectory.n_records)
         state = run.load_state(trainable, trajectory.n_records)
         trainable.place(state.theta, state.step)
-        trainable.set_units(parse_units(run.config.unit))
         clip, adjustment = Clip(run.config.clip), Adjustment(measured["features"])
         for record in trajectory.records():
             clip.remember(record.directions)
@@ -145,7 +144,7 @@ def _resolve(session: Session) -> None:
     # The rows of some steps, where those of one are too few to tell much.
     steps = range(max(1, MEASURED_ROWS // config.n_rows))
     rows = [row for step in steps for row in session.draw(step)]
-    if len(session.trainable.kinds) > 1 and not config.unit:
+    if measures_units(config, session.trainable):
         eps, units = measure_units(engine, rows)
         config = dataclasses.replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
         if config.eps == "auto":
@@ -170,6 +169,11 @@ def _resolve(session: Session) -> None:
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
     fixed = dataclasses.replace(config, threads=engine.n_threads, path=engine.path)
     session.run.save_config(fixed)
+
+
+def measures_units(config: TuneConfig, trainable: Trainable) -> bool:
+    """Whether eps is measured for every kind of parameter on its own."""
+    return len(trainable.kinds) > 1 and not config.unit
 
 
 def load_rows(config: TuneConfig, engine: Engine) -> tuple[list[Example], list[Example]]:
