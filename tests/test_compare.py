@@ -276,24 +276,3 @@ def test_rates_take_the_place_of_those_of_the_entries(
     assert compare_methods.main([*words, "--rates", "1"]) == 0
     assert sum(call[0] == "tune" for call in zo.calls) == 2  # one search, one more seed
     assert "(x1)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--rates", "1", "0"], "--rates must be greater than 0"),
-        (["--only", "("], "no regular expression"),
-        (["--only", "nothing-like-it"], "matches none of: sensitive, spsa, sgd, shuffled rows;"),
-        ([], "no-such-data"),
-    ],
-)
-def test_bad_options_get_one_sentence(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = ["--models", str(tmp_path), "--name", "m", "--out", str(tmp_path / "out")]
-    data = ["--data", str(tmp_path / "no-such-data")]
-    assert compare_methods.main([*paths, *data, *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1

@@ -5,8 +5,9 @@
 The folder of models holds NAME-QUANT.gguf with .mask.safetensors, as `zo-gguf export` writes them;
 other masks lie beside them as NAME-QUANT.SCORE.mask.safetensors, or in a folder SCORE. Each entry
 gets its own learning rate, the best of some over the whole budget with seed 0, and then runs with
-the other seeds; after one quant, `--rates` saves the search on the next. An interrupted comparison
-goes on where it stopped; after a change of a model, mask or the data take a new --out.
+the other seeds; after one quant, `--rates` or `--rates-of` saves the search on the next. An
+interrupted comparison goes on where it stopped; after a change of a model, mask or the data take a
+new --out.
 
 The entries are in `compare_entries`, their runs in `compare_runs`, table and plot in
 `compare_plot`, the bound by backpropagation in `first_order`.
@@ -34,6 +35,7 @@ from zo_gguf.files import atomic_write, require_file
 
 BOUNDS = ("sensitive", "norm")  # methods whose parameters backpropagation trains as well
 RATES_HELP = "tried, as multiples of the default one; 1 always is (default: as each entry says)"
+RATES_OF_HELP = "compare.json of an earlier comparison: tried are 1 and what each entry took there"
 FIRST_ORDER = Path(__file__).resolve().parent / "first_order.py"
 
 
@@ -148,6 +150,8 @@ def prepare(options: argparse.Namespace) -> tuple[Task, list[Entry]]:
         raise ZoError(f"--only {options.only!r} matches none of: {known}.")
     if options.rates:
         entries = [replace(entry, rates=tuple(options.rates)) for entry in entries]
+    if options.rates_of:
+        entries = with_rates_of(entries, options.rates_of)
     if not options.data.is_dir():
         raise ZoError(f"--data {str(options.data)!r} is no folder with train, valid and test rows.")
     for split in ("train", "valid", "test"):
@@ -162,6 +166,30 @@ def prepare(options: argparse.Namespace) -> tuple[Task, list[Entry]]:
     return replace(task, row_tokens=mean), entries
 
 
+def with_rates_of(entries: Sequence[Entry], path: Path) -> list[Entry]:
+    """The entries, to try the rates that an earlier comparison chose, and 1.
+
+    Those that it does not have, such as methods for float files only, keep their own.
+
+    Raises:
+        ZoError: The file is none of a comparison, or has no result of any entry.
+    """
+    require_file(path, "comparison")
+    try:
+        outcomes = json.loads(path.read_text())["outcomes"]
+        found = {o["label"]: float(o["multiplier"]) for o in outcomes if not o["failure"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZoError(f"{str(path)!r} is no compare.json of an earlier comparison.") from error
+    if not any(entry.label in found for entry in entries):
+        raise ZoError(f"{str(path)!r} has no result of any entry that is to be compared.")
+    return [
+        replace(entry, rates=tuple(sorted({1.0, found[entry.label]})))
+        if entry.label in found
+        else entry
+        for entry in entries
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -173,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=float, default=1.6e6, help="budget per run (%(default)g)")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="REGEX", help="entries whose label matches")
-    parser.add_argument("--rates", type=float, nargs="+", metavar="X", help=RATES_HELP)
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument("--rates", type=float, nargs="+", metavar="X", help=RATES_HELP)
+    rates.add_argument("--rates-of", type=Path, metavar="JSON", help=RATES_OF_HELP)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     parser.add_argument("--hf", type=Path, help="Hugging Face folder, for the first-order bound")
     options = parser.parse_args(argv)
