@@ -104,14 +104,14 @@ def test_schedules(schedule: str, middle: float, last: float) -> None:
 
 
 def test_default_rates_move_weights_equally_far() -> None:
-    eps, slope = 0.05, 4.0
-    adam, sgd = (default_learning_rate(name, eps, slope, 500, 16) for name in ("adam", "sgd"))
+    reach, slope = 0.05, 4.0
+    adam, sgd = (default_learning_rate(name, reach, slope, 500, 16) for name in ("adam", "sgd"))
     assert sgd * slope == pytest.approx(adam, rel=0.05)
     rate = functools.partial(default_learning_rate, "adam")
-    assert rate(2 * eps, slope, 500, 16) == pytest.approx(2 * adam, rel=0.05)
-    assert rate(eps, slope, 1000, 16) == adam
-    assert rate(eps, slope, 4000, 16) == pytest.approx(adam / 2, rel=0.05)
+    assert rate(2 * reach, slope, 500, 16) == pytest.approx(2 * adam, rel=0.05)
+    assert rate(reach, slope, 1000, 16) == adam
+    assert rate(reach, slope, 4000, 16) == pytest.approx(adam / 2, rel=0.05)
     # Four times as much measured in a step, in as many steps or a quarter of them.
-    assert rate(eps, slope, 1000, 64) == adam
-    assert rate(eps, slope, 250, 64) == pytest.approx(2 * adam, rel=0.05)
-    assert rate(eps, slope, 10, 10**6) == eps  # and never more
+    assert rate(reach, slope, 1000, 64) == adam
+    assert rate(reach, slope, 250, 64) == pytest.approx(2 * adam, rel=0.05)
+    assert rate(reach, slope, 10, 10**6) == reach  # and never more

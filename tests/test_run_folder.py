@@ -17,6 +17,7 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.info import info
 from zo_gguf.merge import merge
 from zo_gguf.methods import METHODS, start
+from zo_gguf.run import Run
 from zo_gguf.trajectory import Trajectory
 from zo_gguf.tune import resume, tune
 
@@ -172,3 +173,17 @@ def test_models_with_recurrent_layers_are_refused(
             with pytest.raises(ZoError, match="has recurrent layers"):
                 tune(TuneConfig(**options(tiny_export, task_dir, tmp_path / "r")))
     assert np.isfinite(tune(TuneConfig(**options(tiny_export, task_dir, tmp_path / "r"))).best_loss)
+
+
+def test_the_default_rate_does_not_depend_on_eps(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    rates = set()
+    for eps in (0.001, "auto"):
+        run = tmp_path / str(eps)
+        more = {"eps": eps, "learning_rate": None, "iters": 1, "max_seq_length": 16}
+        tune(TuneConfig(**options(tiny_export, task_dir, run, **more)))
+        config = Run.open(run).config
+        rates.add(config.learning_rate)
+        assert config.eps == eps or eps == "auto"
+    assert len(rates) == 1

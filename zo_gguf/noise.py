@@ -17,12 +17,14 @@ from zo_gguf.dataset import Example
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.errors import ZoError
 
+Array = NDArray[np.float64]
 _TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in-place storage
 _FLOOR_SEEDS = 12
 _SLOPE_SEEDS = 8
 _FIRST, _LAST = 4e-3, 0.512
 MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # of one step's rows, as a rule
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
+_BENT = 1 / 40  # relative change of the rows' slopes up to which the loss counts as linear
 NO_SLOPE = (
     "The loss does not change with the trainable weights; check that the data's counted tokens are "
     "what you want to teach (`zo-gguf data check`)."
@@ -39,6 +41,8 @@ class NoiseReport:
         floor: Root mean square of L(+) - L(-) for perturbations that should change nothing.
         slope: Root mean square of the projected gradient.
         error: Expected relative error of a projected gradient at eps.
+        reach: How far the loss is linear, in units of a weight: there, curvature has changed the
+            slopes of single rows by a fortieth. Unlike eps it does not depend on the noise.
         difference: Expected |L(+) - L(-)| at eps (root mean square).
     """
 
@@ -46,6 +50,7 @@ class NoiseReport:
     floor: float
     slope: float
     error: float
+    reach: float
 
     @property
     def difference(self) -> float:
@@ -81,32 +86,38 @@ def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
         ZoError: The loss does not react to perturbations at all, or is not finite.
     """
     tiny = max(_TINY, engine.parameters.resolution)
-    floor = _rms(_differences(engine, examples, tiny, range(1000, 1000 + _FLOOR_SEEDS)))
+    still = _differences(engine, examples, tiny, range(1000, 1000 + _FLOOR_SEEDS))
+    floor, floor_of_rows = _rms(still.mean(axis=1)), _rms(still)
     ladder: list[float] = []
-    rows: list[NDArray[np.float64]] = []  # projected gradients, (n_seeds,) per rung
+    rungs: list[Array] = []  # projected gradients of every row, (n_seeds, n_rows)
+    means: list[Array] = []  # of the mean loss, (n_seeds,)
     eps = first = _FIRST
     with tqdm(desc="choosing eps", unit="eps", disable=None, leave=False) as bar:
         while eps <= _LAST:
-            slopes = _differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps)
+            rungs.append(_differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps))
+            means.append(rungs[-1].mean(axis=1))
             ladder.append(eps)
-            rows.append(slopes)
             bar.update(1)
-            if len(rows) > 2 and _bends(rows, ladder, floor):
-                if not _bends_at_once(rows, ladder) or first <= 4 * tiny:
+            if len(means) > 2 and _bends(means, ladder, floor):
+                if not _bends_at_once(means, ladder) or first <= 4 * tiny:
                     break
                 # Not linear from the start: the parameters are large in number or in effect.
-                ladder, rows = [], []
+                ladder, rungs, means = [], [], []
                 first = max(first / 8, 4 * tiny)
                 eps = first / 2
             eps *= 2
     if tiny > _TINY:  # such a step changes the loss by more than noise
-        slope = _rms(rows[0])
-        floor = float(np.sqrt(max(floor**2 - (2 * tiny * slope) ** 2, (floor / 10) ** 2)))
-    floor = max(floor, min(_unrest(rows, ladder)))
-    return _choose(np.array(ladder), np.stack(rows), floor)
+        floor = _less(floor, 2 * tiny * _rms(means[0]), floor / 10)
+        floor_of_rows = _less(floor_of_rows, 2 * tiny * _rms(rungs[0]), floor_of_rows / 10)
+    floor = max(floor, min(_unrest(means, ladder)))
+    floor_of_rows = max(floor_of_rows, min(_unrest(rungs, ladder)))
+    reach = _reach(np.array(ladder), np.stack(rungs), floor_of_rows)
+    return _choose(np.array(ladder), np.stack(means), floor, reach)
 
 
-def measure_units(engine: Engine, examples: Sequence[Example]) -> tuple[float, dict[str, float]]:
+def measure_units(
+    engine: Engine, examples: Sequence[Example]
+) -> tuple[float, float, dict[str, float]]:
     """How far each kind of trainable parameter may move.
 
     Kinds react on scales of their own: a norm's gain may change by a tenth where a weight may not.
@@ -117,8 +128,8 @@ def measure_units(engine: Engine, examples: Sequence[Example]) -> tuple[float, d
         examples: As for `measure_noise`.
 
     Returns:
-        eps for all kinds at once, smaller than that of the first because their effects add up, and
-        the unit of each kind.
+        eps and reach for all kinds at once, smaller than those of the first because their effects
+        add up, and the unit of each kind.
 
     Raises:
         ZoError: As `measure_noise`.
@@ -127,76 +138,102 @@ def measure_units(engine: Engine, examples: Sequence[Example]) -> tuple[float, d
     found = {}
     for kind in kinds:
         engine.parameters.set_units({other: float(other == kind) for other in kinds})
-        found[kind] = measure_noise(engine, examples).eps
-    units = {kind: found[kind] / found[kinds[0]] for kind in kinds}
+        found[kind] = measure_noise(engine, examples)
+    first = found[kinds[0]]
+    units = {kind: found[kind].eps / first.eps for kind in kinds}
     engine.parameters.set_units(units)
-    return float(f"{found[kinds[0]] / np.sqrt(len(kinds)):.2g}"), units
+    eps = float(f"{first.eps / np.sqrt(len(kinds)):.2g}")
+    return eps, float(first.reach / np.sqrt(len(kinds))), units
 
 
-def _differences(
-    engine: Engine, examples: Sequence[Example], eps: float, seeds: range
-) -> NDArray[np.float64]:
-    """L(theta + eps z) - L(theta - eps z) for every seed, (n_seeds,)."""
+def _differences(engine: Engine, examples: Sequence[Example], eps: float, seeds: range) -> Array:
+    """L(theta + eps z) - L(theta - eps z) of every seed and row, (n_seeds, n_rows)."""
     probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
-    losses = engine.losses(examples, probes).mean(axis=1).reshape(-1, 2)
+    losses = engine.losses(examples, probes)
     if not np.isfinite(losses).all():
         raise ZoError(
             f"The loss is not finite at eps {eps:g}; check the model and the data with "
             "`zo-gguf eval`, or give a smaller --eps."
         )
-    return np.asarray(losses[:, 0] - losses[:, 1])
+    return np.asarray(losses[0::2] - losses[1::2], np.float64)
 
 
-def _unrest(rows: list[NDArray[np.float64]], ladder: list[float]) -> list[float]:
+def _unrest(rungs: list[Array], ladder: list[float]) -> list[float]:
     """Noise of a loss difference if noise alone moved the slopes, for every pair of rungs.
 
     Noise gives the same at every pair, curvature eight times as much at each as at the one before.
     So the smallest bounds the floor from above, and at the eps that matter: perturbations that
     should change nothing flip fewer of the activations' codes than real ones.
     """
-    pairs = zip(rows, rows[1:], ladder, strict=False)
+    pairs = zip(rungs, rungs[1:], ladder, strict=False)
     return [2 * eps * _rms(after - before) / np.sqrt(1.25) for before, after, eps in pairs]
 
 
-def _bends(rows: list[NDArray[np.float64]], ladder: list[float], floor: float) -> bool:
+def _bends(rows: list[Array], ladder: list[float], floor: float) -> bool:
     """Whether the slopes moved from one rung to the next by more than noise explains."""
     unrest = _unrest(rows, ladder)
     return _moved(rows[-2], rows[-1]) > _NONLINEAR and unrest[-1] > _CLEAR * max(floor, min(unrest))
 
 
-def _bends_at_once(rows: list[NDArray[np.float64]], ladder: list[float]) -> bool:
+def _bends_at_once(rows: list[Array], ladder: list[float]) -> bool:
     """Whether curvature moved the slopes between the first two rungs already."""
     unrest = _unrest(rows, ladder)
     return _moved(rows[0], rows[1]) > _NONLINEAR and unrest[1] > _CLEAR * unrest[0]
 
 
-def _moved(before: NDArray[np.float64], after: NDArray[np.float64]) -> float:
+def _moved(before: Array, after: Array) -> float:
     """Relative change of the slopes from one rung to another."""
     return _rms(after - before) / max(_rms(after), 1e-300)
 
 
-def _choose(ladder: NDArray[np.float64], slopes: NDArray[np.float64], floor: float) -> NoiseReport:
-    """Fit slope(eps) = g + k eps^2 for every seed and minimize the expected error over eps.
+def _fit(ladder: Array, slopes: Array, floor: float) -> tuple[float, float, Array]:
+    """Fit slope(eps) = g + k eps^2 for every column of slopes.
+
+    Noise in the fit itself looks like slopes and curvature; it is known, so it can be taken out.
 
     Args:
         ladder: (n_rungs,) ascending eps.
-        slopes: (n_rungs, n_seeds).
+        slopes: (n_rungs, n).
         floor: Noise of a loss difference; a slope's noise is floor / (2 eps), which sets weights.
+
+    Returns:
+        Root mean squares of g and k, and what of them is noise, (2,).
     """
     design = np.stack([np.ones_like(ladder), ladder**2], axis=1) * ladder[:, None]
     solution, *_ = np.linalg.lstsq(design, slopes * ladder[:, None], rcond=None)
-    g, k = _rms(solution[0]), _rms(solution[1])  # over seeds
+    noise = np.sqrt(np.diag(np.linalg.inv(design.T @ design))) * (floor / 2)
+    return _rms(solution[0]), _rms(solution[1]), noise
+
+
+def _choose(ladder: Array, slopes: Array, floor: float, reach: float) -> NoiseReport:
+    """Minimize the expected error over eps, from slopes of the mean loss, (n_rungs, n_seeds)."""
+    g, k, noise = _fit(ladder, slopes, floor)
     if not g > 0:
         raise ZoError(NO_SLOPE)
-    # Noise in the fit itself looks like curvature; it is known, so take it out.
-    covariance = np.linalg.inv(design.T @ design) * (floor / 2) ** 2
-    k = float(np.sqrt(max(k**2 - covariance[1, 1], 1e-6 * k**2)))
+    k = _less(k, noise[1], 1e-3 * k)
     grid = np.geomspace(ladder[0], ladder[-1], 200)
     error = np.sqrt((floor / (2 * grid)) ** 2 + (k * grid**2) ** 2) / g
     best = int(error.argmin())
     eps = float(f"{grid[best]:.2g}")
-    return NoiseReport(eps=eps, floor=floor, slope=g, error=float(error[best]))
+    return NoiseReport(eps=eps, floor=floor, slope=g, error=float(error[best]), reach=reach)
 
 
-def _rms(values: NDArray[np.float64]) -> float:
+def _reach(ladder: Array, slopes: Array, floor: float) -> float:
+    """See `NoiseReport`, from slopes of single rows, (n_rungs, n_seeds, n_rows).
+
+    There are many more of those than of slopes of the mean loss, and they do not vanish where the
+    mean does.
+    """
+    g, k, noise = _fit(ladder, slopes.reshape(len(ladder), -1), floor)
+    g, k = _less(g, noise[0], 0.1 * g), _less(k, noise[1], 1e-3 * k)
+    farthest = float(ladder[-1])  # that was looked at
+    return farthest if k == 0 else min(float(np.sqrt(_BENT * g / k)), farthest)
+
+
+def _less(value: float, noise: float, least: float) -> float:
+    """A root mean square without the noise in it, but not below `least`."""
+    return float(np.sqrt(max(value**2 - noise**2, least**2)))
+
+
+def _rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values))))

@@ -17,7 +17,7 @@ from zo_gguf.trajectory import Direction
 
 Vector = NDArray[np.float32]
 _BLOCK = 1 << 17  # entries whose arrays stay in a core's cache
-_STEP_FRACTION = 0.3  # of eps; the best of several, see tools/LOG.md
+_STEP_FRACTION = 0.3  # of the reach; the best of several, see tools/LOG.md
 _SLOPES = 16  # of rows that a step measures, for which it holds
 _SHORT = 16_000  # slopes of a run up to which it holds
 
@@ -130,22 +130,22 @@ def check_optimizer(name: str) -> None:
 
 
 def default_learning_rate(
-    optimizer: str, eps: float, size: float, iters: int, n_slopes: int
+    optimizer: str, reach: float, size: float, iters: int, n_slopes: int
 ) -> float:
-    """A learning rate that moves a weight by a certain fraction of eps per step.
+    """A learning rate that moves a weight by a certain fraction of the reach per step.
 
-    eps is the distance over which the loss was found to be linear, and so the natural unit of a
-    step. Adam moves a weight by about lr whatever the loss; sgd by lr times the estimate. Most of
-    a step is noise, so theta diffuses as lr * sqrt(steps): the fraction grows with the square root
-    of what a step measures, and falls with that of what a long run does in all.
+    The distance over which the loss was found to be linear is the natural unit of a step. Adam
+    moves a weight by about lr whatever the loss; sgd by lr times the estimate. Most of a step is
+    noise, so theta diffuses as lr * sqrt(steps): the fraction grows with the square root of what a
+    step measures, and falls with that of what a long run does in all.
 
     Args:
         optimizer: A key of OPTIMIZERS.
-        eps: Perturbation size.
+        reach: How far the loss is linear, see `NoiseReport`.
         size: Root mean square of an entry of the gradient estimate.
         iters: Steps of the run.
         n_slopes: Slopes of single rows that a step measures.
     """
     share = _STEP_FRACTION * (n_slopes / _SLOPES * _SHORT / max(_SHORT, n_slopes * iters)) ** 0.5
-    distance = eps * min(1.0, share)
+    distance = reach * min(1.0, share)
     return float(f"{distance if optimizer == 'adam' else distance / size:.2g}")

@@ -114,7 +114,7 @@ def plan(config: TuneConfig) -> PlanResult:
         engine.probes_per_decode = asked
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
-        n_searches = int(config.eps == "auto")
+        n_searches = int(config.eps == "auto" or config.learning_rate is None)
         if measures_units(config, method):
             n_searches = len(method.kinds)
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
@@ -167,7 +167,7 @@ def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, 
 
 
 def _total_seconds(config: TuneConfig, per_step: float, n_valid: int, n_searches: int) -> float:
-    """Steps, validations, and the forward passes that choose eps for some kinds of parameters."""
+    """Steps, validations, and the searches for eps and a learning rate, one a kind of parameter."""
     forward = per_step / config.forwards_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)

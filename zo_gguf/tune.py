@@ -144,8 +144,9 @@ def _resolve(session: Session) -> None:
     # The rows of some steps, where those of one are too few to tell much.
     steps = range(max(1, MEASURED_ROWS // config.n_rows))
     rows = [row for step in steps for row in session.draw(step)]
+    reach = 0.0
     if measures_units(config, session.trainable):
-        eps, units = measure_units(engine, rows)
+        eps, reach, units = measure_units(engine, rows)
         config = dataclasses.replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
         if config.eps == "auto":
             config = dataclasses.replace(config, eps=eps)
@@ -156,14 +157,16 @@ def _resolve(session: Session) -> None:
         config = dataclasses.replace(config, probes_per_decode=engine.probes_per_decode)
         if len(seconds) > 1:
             print(in_words(seconds), file=sys.stderr)
-    if config.eps == "auto":
+    if config.eps == "auto" or (config.learning_rate is None and not reach):
         report = measure_noise(engine, rows)
-        print(report.render(), file=sys.stderr)
-        config = dataclasses.replace(config, eps=report.eps)
+        reach = report.reach
+        if config.eps == "auto":
+            print(report.render(), file=sys.stderr)
+            config = dataclasses.replace(config, eps=report.eps)
     if config.learning_rate is None:
         size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
         rate = default_learning_rate(
-            config.optimizer, float(config.eps), size, config.iters, config.slopes_per_step
+            config.optimizer, reach, size, config.iters, config.slopes_per_step
         )
         config = dataclasses.replace(config, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)

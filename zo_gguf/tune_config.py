@@ -104,7 +104,8 @@ class TuneConfig(RowsConfig):
     )
     learning_rate: float | None = option(
         "--lr",
-        help="step size (default: derived; see the first lines of the run)",
+        help="step size (default: a share of how far the loss is found to be linear; see the first "
+        "lines of the run)",
         default=None,
         above=0,
     )
