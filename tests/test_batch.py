@@ -1,5 +1,7 @@
 """Packing of examples into decodes: prefixes shared, columns laid out, losses put together."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,19 @@ def test_residuals_are_probabilities_minus_the_answer() -> None:
     expected[:, 0, 1] -= 1
     expected[:, 1, 2] -= 1
     np.testing.assert_allclose(residuals, expected, rtol=1e-12)
+
+
+def test_loss_towards_soft_targets_is_their_cross_entropy() -> None:
+    target = (0.2, 0.1, 0.7)
+    row = dataclasses.replace(choice_row([1], [[10], [11], [12]], 1), target=target)
+    request = build_request([row])
+    scores = np.array([[-0.5, -1.5, -2.0]])
+    losses, correct, outcomes = reduce_losses(request, -scores)
+    chance = np.exp(scores) / np.exp(scores).sum()
+    assert losses[0, 0] == pytest.approx(-(np.log(chance) @ target)[0])
+    assert correct[0, 0] == 0  # by the answer, not by the target
+    np.testing.assert_allclose(outcomes[0], chance - target)
+    assert request.targets[0].tolist() == list(target)
 
 
 @pytest.mark.parametrize("padded", [False, True])

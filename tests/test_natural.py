@@ -22,7 +22,7 @@ class Softmax:
     All rows share a stiff part: a few combinations of weights move all answers alike.
     """
 
-    def __init__(self, stiffness: float, n_rows: int = 400) -> None:
+    def __init__(self, stiffness: float, n_rows: int = 400, *, soft: bool = False) -> None:
         rng = np.random.default_rng(3)
         shared = stiffness * rng.standard_normal((1, N_CHOICES, N_WEIGHTS))
         own = rng.standard_normal((n_rows, N_CHOICES, N_WEIGHTS))
@@ -32,7 +32,9 @@ class Softmax:
         truth = 3 * rng.standard_normal(N_WEIGHTS)
         truth -= basis @ (basis.T @ truth)  # nothing is to be learned in the stiff part
         chance = self.probabilities(truth, range(n_rows))
-        self.answers = np.array([rng.choice(N_CHOICES, p=p) for p in chance])
+        self.targets = np.eye(N_CHOICES)[[rng.choice(N_CHOICES, p=p) for p in chance]]
+        if soft:
+            self.targets = rng.dirichlet(np.ones(N_CHOICES), n_rows)
         self.parameters = SimpleNamespace(delta=SimpleNamespace(edits={}))
 
     def noise(self, seed: int, signs: int = 0) -> np.ndarray:
@@ -44,19 +46,18 @@ class Softmax:
         return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
     def residuals(self, theta: np.ndarray, rows: Any) -> np.ndarray:
-        return self.probabilities(theta, rows) - np.eye(N_CHOICES)[self.answers[list(rows)]]
+        return np.asarray(self.probabilities(theta, rows) - self.targets[list(rows)])
 
     def losses(self, theta: np.ndarray, rows: Any) -> np.ndarray:
-        rows = list(rows)
-        return np.asarray(
-            -np.log(self.probabilities(theta, rows)[range(len(rows)), self.answers[rows]])
-        )
+        cross = self.targets[list(rows)] * np.log(self.probabilities(theta, rows))
+        return np.asarray(-cross.sum(axis=1))
 
     def score(self, rows: Any, probes: list[Probe]) -> Scores:
         points = [self.theta + probe.scale * self.noise(probe.seed) for probe in probes]
         losses = np.array([self.losses(point, rows) for point in points])
         residuals = np.array([self.residuals(point, rows) for point in points])
-        return Scores(losses, np.zeros_like(losses), 1, list(residuals.swapaxes(0, 1)))
+        targets = list(self.targets[list(rows)])
+        return Scores(losses, np.zeros_like(losses), 1, list(residuals.swapaxes(0, 1)), targets)
 
     def fisher(self, theta: np.ndarray, rows: Any) -> np.ndarray:
         """Mean over rows of the covariance of the gradient, answers drawn from the model."""
@@ -72,10 +73,13 @@ def engine(stiffness: float = 1.0, **options: Any) -> Any:
     return Softmax(stiffness, **options)
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(("one_sided", "eps"), [(False, EPS), (True, EPS), (True, 0.5)])
-def test_slopes_and_fisher_in_the_span_of_the_directions(one_sided: bool, eps: float) -> None:
+def test_slopes_and_fisher_in_the_span_of_the_directions(
+    one_sided: bool, eps: float, soft: bool
+) -> None:
     """On one side exact for any eps, as these logits are linear."""
-    model, rows, seeds = engine(), range(9), [1, 2, 3, 4, 5]
+    model, rows, seeds = engine(soft=soft), range(9), [1, 2, 3, 4, 5]
     model.theta = np.random.default_rng(0).standard_normal(N_WEIGHTS)
     z = np.array([model.noise(seed) for seed in seeds], np.float64)
     probes = [Probe(seed, side * eps) for seed in seeds for side in (1.0, -1.0)]
@@ -121,17 +125,18 @@ def test_one_token_that_becomes_likely_does_not_outweigh_the_others() -> None:
 
 
 def test_certain_answers_have_no_response() -> None:
-    scores = Scores(np.zeros((2, 1)), np.ones((2, 1)), 1, [np.zeros((2, 3))])
+    right = np.array([0.0, 1.0, 0.0])
+    scores = Scores(np.zeros((2, 1)), np.ones((2, 1)), 1, [np.zeros((2, 3))], [right])
     assert np.array_equal(slopes_and_fisher(scores, EPS)[1], [[0.0]])
     assert np.array_equal(natural_slopes(np.zeros(1), np.zeros((1, 1)), 0.1), [0.0])
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_an_answer_that_is_rounded_to_certainty_has_no_response(one_sided: bool) -> None:
-    """Its residuals are 0 at theta, so that they do not tell which choice is right."""
+    right = np.array([0.0, 0.0, 1.0])
     near, sure = [[2e-16, -2e-16, 0.0]], [[0.0, 0.0, 0.0]]
     probes = np.array(sure + near + sure) if one_sided else np.array(near + sure + sure + near)
-    scores = Scores(np.zeros((len(probes), 1)), np.ones((len(probes), 1)), 1, [probes])
+    scores = Scores(np.zeros((len(probes), 1)), np.ones((len(probes), 1)), 1, [probes], [right])
     slopes, information = slopes_and_fisher(scores, 0.05, one_sided)
     np.testing.assert_allclose(slopes, 0.0, atol=1e-9)
     np.testing.assert_allclose(information, 0.0, atol=1e-9)
@@ -215,10 +220,10 @@ def learn(estimator: str, rate: float, n_forwards: int = 4000) -> float:
     given = config(estimator=estimator, directions=8, examples_per_step=4, damping=0.1)
     rng = np.random.default_rng(0)
     for step in range(n_forwards // (8 * 4)):
-        rows = rng.choice(len(model.answers), 4, replace=False)
+        rows = rng.choice(len(model.targets), 4, replace=False)
         directions, _ = estimate(model, rows, given, step)
         model.theta = model.theta - rate * gradient_estimate(directions, model.noise)
-    return float(model.losses(model.theta, range(len(model.answers))).mean())
+    return float(model.losses(model.theta, range(len(model.targets))).mean())
 
 
 def test_a_stiff_combination_of_weights_does_not_hold_up_the_others() -> None:

@@ -14,6 +14,7 @@ class Entry:
         method, estimator, optimizer: As in TuneConfig.
         options: More options of TuneConfig.
         mask: Score of the mask, "" for the one beside the model; None where none is read.
+        targets: What rows are trained towards, as in TuneConfig.
         quants: Regular expression for the quants it applies to.
         rates: Multipliers of the default learning rate that are tried; 1 is one of them.
     """
@@ -24,6 +25,7 @@ class Entry:
     optimizer: str = "adam"
     options: dict[str, Any] = field(default_factory=dict)
     mask: str | None = ""
+    targets: str = "answers"
     quants: str = ".*"
     rates: tuple[float, ...] = (1 / 3, 1.0, 3.0)
 
@@ -56,6 +58,7 @@ ENTRIES = (
     Entry("sensitive, grzo, adam", estimator="grzo"),
     Entry("sensitive, natural on two sides, adam", **_TWO_SIDES),
     Entry("sensitive, natural on one side, adam", **_ONE_SIDE),
+    Entry("sensitive, natural on one side, adam, probe", targets="probe", **_ONE_SIDE),
     Entry("sensitive, natural on two sides, momentum", optimizer="momentum", **_TWO_SIDES),
     Entry(
         "sensitive, natural on two sides, 16 rows, adam",
@@ -70,6 +73,9 @@ ENTRIES = (
     Entry("norm, fzoo of 8, sgd", "norm", "fzoo", "sgd", mask=None),
     Entry("norm, natural on two sides, adam", "norm", mask=None, **_TWO_SIDES),
     Entry("norm, natural on one side, adam", "norm", mask=None, **_ONE_SIDE),
+    Entry(
+        "norm, natural on one side, adam, probe", "norm", mask=None, targets="probe", **_ONE_SIDE
+    ),
     Entry(
         "norms in place, natural on one side, adam",
         "dense",

@@ -59,9 +59,13 @@ class Task:
 
 
 def tokens_per_step(task: Task, options: dict[str, Any]) -> float:
-    """Mean forward tokens of a step, over all probes of all directions."""
+    """Mean forward tokens of a step, over all probes of all directions.
+
+    A probe of the hidden states reads each row as well, once if no row comes twice.
+    """
     config = TuneConfig(**options, output="run")
-    return task.row_tokens * config.n_rows * config.forwards_per_step
+    forwards = config.forwards_per_step + (config.targets == "probe")
+    return task.row_tokens * config.n_rows * forwards
 
 
 # --- one command line ----------------------------------------------------------------------------
@@ -121,7 +125,7 @@ def base_options(task: Task, entry: Entry, quant: str) -> dict[str, Any]:
         if not path.is_file():
             raise Failed(f"not available: there is no mask {str(path)!r}.")
         options["mask"] = str(path)
-    options |= {"method": entry.method, "estimator": entry.estimator}
+    options |= {"method": entry.method, "estimator": entry.estimator, "targets": entry.targets}
     options |= {"optimizer": entry.optimizer} | entry.options
     unknown = sorted(options.keys() - {item.name for item in fields(TuneConfig)})
     if unknown:

@@ -48,12 +48,15 @@ class Request:
         spans: For each example, the (first, end) target slots of its completion, or of each of
             its choices.
         answers: For each example the index of the right choice, -1 where it has no choices.
+        targets: For each example the probabilities of its choices that are aimed at, float64
+            (n_choices,), (0,) where it has none.
     """
 
     sequences: list[TokenSequence]
     n_targets: int
     spans: list[list[tuple[int, int]]]
     answers: list[int]
+    targets: list[NDArray[np.float64]]
 
 
 def build_request(examples: Sequence[Example]) -> Request:
@@ -65,6 +68,7 @@ def build_request(examples: Sequence[Example]) -> Request:
     sequences: list[TokenSequence] = []
     all_spans: list[list[tuple[int, int]]] = []
     answers: list[int] = []
+    targets: list[NDArray[np.float64]] = []
     n_targets = 0
     for number, example in enumerate(examples):
         if example.choices:
@@ -85,7 +89,18 @@ def build_request(examples: Sequence[Example]) -> Request:
         sequences.extend(_share_prefixes(completions, spans, number))
         all_spans.append(spans)
         answers.append(example.answer if example.choices else -1)
-    return Request(sequences, n_targets, all_spans, answers)
+        targets.append(_target(example))
+    return Request(sequences, n_targets, all_spans, answers, targets)
+
+
+def _target(example: Example) -> NDArray[np.float64]:
+    """What the choices' probabilities should be, (n_choices,)."""
+    if example.target:
+        return np.array(example.target, np.float64)
+    target = np.zeros(len(example.choices))
+    if example.choices:
+        target[example.answer] = 1
+    return target
 
 
 def _share_prefixes(
@@ -261,14 +276,15 @@ def reduce_losses(
     Returns:
         losses (n_branches, n_examples): mean negative log-likelihood of the counted tokens, or,
         for rows with choices, cross-entropy over the choices' mean log-likelihoods (MeZO,
-        arXiv 2305.17333); correct, same shape: 1 or 0, NaN for rows without choices; and the
-        outcomes of every example, see `Scores`.
+        arXiv 2305.17333) towards the targets; correct, same shape: 1 or 0, NaN for rows
+        without choices; and the outcomes of every example, see `Scores`.
     """
     # A running sum would carry rounding from one example to the next; the spans are short.
     losses = np.empty((nll.shape[0], len(request.spans)))
     correct = np.full_like(losses, np.nan)
     outcomes = []
-    for i, (spans, answer) in enumerate(zip(request.spans, request.answers, strict=True)):
+    rows = zip(request.spans, request.answers, request.targets, strict=True)
+    for i, (spans, answer, target) in enumerate(rows):
         means = np.stack([nll[:, first:end].mean(axis=1) for first, end in spans], axis=1)
         if answer < 0:
             losses[:, i] = means[:, 0]
@@ -276,9 +292,8 @@ def reduce_losses(
             continue
         scores = -means  # (n_branches, n_choices)
         top = scores.max(axis=1)
-        losses[:, i] = top + np.log(np.exp(scores - top[:, None]).sum(axis=1)) - scores[:, answer]
+        total = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+        losses[:, i] = total - scores @ target
         correct[:, i] = scores.argmax(axis=1) == answer
-        residual = np.exp(scores - scores[:, [answer]] - losses[:, [i]])  # softmax
-        residual[:, answer] -= 1
-        outcomes.append(residual)
+        outcomes.append(np.exp(scores - total[:, None]) - target)
     return losses, correct, outcomes

@@ -17,6 +17,9 @@ from zo_gguf.dataset import Example
 class Draw:
     """Rows of each step, a pure function of the seed and the step.
 
+    Attributes:
+        examples: The rows; others with the same answers may take their place.
+
     Args:
         examples: The rows to train on, one or more.
         n: Rows per step.
@@ -27,7 +30,7 @@ class Draw:
     def __init__(
         self, examples: Sequence[Example], n: int, seed: int, *, balance: bool = True
     ) -> None:
-        self._examples, self._n, self._seed = examples, n, seed
+        self.examples, self._n, self._seed = examples, n, seed
         answers = [_answer(example) for example in examples] if balance else range(len(examples))
         strata = {answer: label for label, answer in enumerate(dict.fromkeys(answers))}
         self._labels = np.array([strata[answer] for answer in answers])
@@ -36,12 +39,16 @@ class Draw:
 
     def __call__(self, step: int) -> list[Example]:
         """The rows of the step after `step` steps."""
-        size = len(self._examples)
+        size = len(self.examples)
         rows = []
         for position in range(step * self._n, (step + 1) * self._n):
             epoch, place = divmod(position, size)
-            rows.append(self._examples[self._order(epoch)[place]])
+            rows.append(self.examples[self._order(epoch)[place]])
         return rows
+
+    def seen(self, n_steps: int) -> list[int]:
+        """Which rows, ascending, some number of steps see."""
+        return sorted(self._order(0)[: n_steps * self._n].tolist())
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """A permutation in which the k-th of an answer's c rows stands at about (k + u) / c."""

@@ -32,6 +32,7 @@ class Example:
         source: File and line, such as "train.jsonl:17".
         kind: completion, choices, messages or text.
         n_cut: Tokens that were dropped to make the row fit.
+        target: Probability of every choice that training aims at; (): 1 for the right one.
     """
 
     tokens: list[int]
@@ -42,6 +43,7 @@ class Example:
     source: str = ""
     kind: str = ""
     n_cut: int = 0
+    target: tuple[float, ...] = ()
 
 
 class Encoder:

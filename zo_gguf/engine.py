@@ -5,7 +5,6 @@ Knows token ids and probes; knows nothing of data files, methods or optimizers.
 
 import os
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import llama_cpp
@@ -30,6 +29,7 @@ from zo_gguf.entries import open_entries
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Hook, Tensors
+from zo_gguf.hidden import hidden_states
 from zo_gguf.llama import (
     Vocabulary,
     default_threads,
@@ -221,7 +221,7 @@ class Engine(Vocabulary):
                 nll[rows, batch.slots] = self._decode(batch, branches)
                 n_tokens += batch.tokens.size
         losses, correct, outcomes = reduce_losses(request, nll)
-        return Scores(losses, correct, n_tokens, outcomes)
+        return Scores(losses, correct, n_tokens, outcomes, request.targets)
 
     def widest(self, examples: Sequence[Example]) -> int:
         """How many probes fit into one decode with all of the examples; 1 if not even one does."""
@@ -269,6 +269,10 @@ class Engine(Vocabulary):
             self._hook.begin_any()
         self._context.decode(batch)
 
+    def hidden_states(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Mean and last hidden state of texts in the untuned model, (n_texts, 2 * width)."""
+        return hidden_states(self._model, texts, self.n_threads)
+
     # ---- lifetime --------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -286,12 +290,7 @@ class Engine(Vocabulary):
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -13,11 +13,9 @@ names further flaws; tools/LOG.md has what was measured).
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zo_gguf.probe import Scores
+from zo_gguf.probe import Matrix, Scores, Vector
 
-Matrix = NDArray[np.float64]
 _LEAST_PROBABILITY = 1e-6
 
 
@@ -51,18 +49,17 @@ def slopes_and_fisher(scores: Scores, eps: float, one_sided: bool = False) -> tu
         one_sided: See `sides`.
     """
     slopes, responses = [], []
-    choices = ~np.isnan(scores.correct[0])
-    for k, (outcome, is_choice) in enumerate(zip(scores.outcomes, choices, strict=True)):
+    targets = scores.targets or [np.empty(0)] * len(scores.outcomes)  # no row has choices
+    for k, (outcome, target) in enumerate(zip(scores.outcomes, targets, strict=True)):
         plus, minus = sides(outcome, one_sided)  # (n_directions, n)
-        if is_choice:  # only the right one has residuals below 0; if it is certain, all may be 0
-            right = int(outcome.sum(axis=0).argmin())
+        is_choice = target.size > 0
         if one_sided and is_choice:
-            slope, response = _from_choices(plus, minus, right, eps)
+            slope, response = _from_choices(plus, minus, target, eps)
         elif one_sided:
             slope, response = _from_tokens(plus, minus, eps)
         else:
             middle = 0.5 * (plus + minus)
-            weight = _probability(middle, right) if is_choice else outcome.shape[1]
+            weight = _probability(middle, target) if is_choice else outcome.shape[1]
             response = (plus - minus) / (2 * eps) / np.sqrt(weight)
             slope = np.subtract(*sides(scores.losses[:, k], one_sided)) / (2 * eps)
         slopes.append(slope)
@@ -71,12 +68,12 @@ def slopes_and_fisher(scores: Scores, eps: float, one_sided: bool = False) -> tu
     return np.mean(slopes, axis=0), np.asarray(flat @ flat.T / len(responses))
 
 
-def _from_choices(there: Matrix, here: Matrix, right: int, eps: float) -> tuple[Matrix, Matrix]:
+def _from_choices(there: Matrix, here: Matrix, target: Vector, eps: float) -> tuple[Matrix, Matrix]:
     """Slopes, (n_directions,), and responses, (n_directions, n), as of logits linear in eps."""
-    p = _probability(here, right)
-    change = np.log(_probability(there, right) / p) / eps
+    p = _probability(here, target)
+    change = np.log(_probability(there, target) / p) / eps
     change -= (p * change).sum(axis=1, keepdims=True)  # which leaves out the divergence
-    return -change[:, right], change * np.sqrt(p)
+    return -change @ target, change * np.sqrt(p)
 
 
 def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
@@ -87,10 +84,8 @@ def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matri
     return change.mean(axis=1), change / np.sqrt(change.shape[1])
 
 
-def _probability(residual: Matrix, right: int) -> Matrix:
-    probability = residual.copy()
-    probability[:, right] += 1
-    return np.maximum(probability, _LEAST_PROBABILITY)
+def _probability(residual: Matrix, target: Vector) -> Matrix:
+    return np.maximum(residual + target, _LEAST_PROBABILITY)
 
 
 def natural_slopes(slopes: Matrix, information: Matrix, damping: float) -> Matrix:

@@ -17,6 +17,7 @@ from zo_gguf.estimator import estimate
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
+from zo_gguf.soft_targets import why_not
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import record_size
 from zo_gguf.tune import MEASURED_ROWS, load_rows, measures_units, refuse_unread_mask
@@ -117,6 +118,9 @@ def plan(config: TuneConfig) -> PlanResult:
         n_searches = int(config.eps == "auto" or config.learning_rate is None)
         if measures_units(config, method):
             n_searches = len(method.kinds)
+        seen = draw.seen(config.iters)
+        reads = config.targets != "answers" and not why_not(train, seen)
+        n_read = len(seen) if reads else 0
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
     trainable = BYTES_PER_ENTRY * state.theta.size
@@ -133,7 +137,7 @@ def plan(config: TuneConfig) -> PlanResult:
         available=available,
         on_gpu=on_gpu,
         seconds_per_step=per_step,
-        seconds=_total_seconds(config, per_step, len(valid), n_searches),
+        seconds=_total_seconds(config, per_step, len(valid), n_searches, n_read),
         disk=disk,
         tokens_per_step=tokens,
         probes_per_decode=asked,
@@ -166,15 +170,18 @@ def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, 
     return float(np.median(seconds)), int(np.median(tokens))
 
 
-def _total_seconds(config: TuneConfig, per_step: float, n_valid: int, n_searches: int) -> float:
-    """Steps, validations, and the searches for eps and a learning rate, one a kind of parameter."""
+def _total_seconds(
+    config: TuneConfig, per_step: float, n_valid: int, n_searches: int, n_read: int
+) -> float:
+    """Steps, validations, searches for eps and a rate for every kind of parameter, rows probed."""
     forward = per_step / config.forwards_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
     per_validation = forward * n_valid / config.n_rows
     more_rows = max(1, MEASURED_ROWS // config.n_rows)
     choosing = forward * MAX_FORWARDS * more_rows
-    return config.iters * per_step + validations * per_validation + n_searches * choosing
+    before = n_searches * choosing + forward * n_read / config.n_rows
+    return config.iters * per_step + validations * per_validation + before
 
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ class Scores:
         correct: float64 (n_probes, n_examples), 1 or 0; NaN where an example has no choices.
         n_tokens: Tokens that went through the model, over all probes.
         outcomes: One float64 (n_probes, n) per example: the negative log-likelihood of each counted
-            token or, where an example has choices, its residuals: the probability of each choice,
-            minus 1 for the right one.
+            token or, where an example has choices, its residuals: the probability of each choice
+            minus the one that is aimed at, 1 for the right choice unless the example says other.
+        targets: For every example with choices what is aimed at, (n_choices,); else (0,).
     """
 
     losses: Matrix
     correct: Matrix
     n_tokens: int
     outcomes: Sequence[Matrix] = ()
+    targets: Sequence[Vector] = ()
 
     @property
     def residuals(self) -> Matrix | None:

@@ -3,6 +3,7 @@
     RUN/config.yaml          every option, resolved
     RUN/trajectory.bin       the truth: one record per step, written before theta moves
     RUN/metrics.jsonl        losses and accuracies for people and plots
+    RUN/targets.safetensors  what rows with choices aim at, where that is not their answers
     RUN/checkpoints/         state.safetensors, latest.safetensors, best.safetensors
     RUN/delta.safetensors, loss.png, summary.json    written at the end, as is
     RUN/env.json             versions, and hashes of base, mask and data
@@ -31,6 +32,7 @@ from zo_gguf.optimizer import OPTIMIZERS, Optimizer, check_optimizer, gradient_e
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
 
+TARGETS_FILE = "targets.safetensors"
 _STEP_KEY = "step"
 _NOTE_KEY = "zo_gguf"
 
@@ -95,10 +97,8 @@ class Run:
         if path.exists() and not path.is_dir():
             raise ZoError(f"The run folder {str(path)!r} is a file; give another -o.")
         if path.is_dir() and any(path.iterdir()) and not config.overwrite:
-            raise ZoError(
-                f"The run folder {str(path)!r} is not empty; go on with `zo-gguf tune --resume "
-                f"{path}`, give another -o, or --overwrite."
-            )
+            go_on = f"go on with `zo-gguf tune --resume {path}`, give another -o, or --overwrite"
+            raise ZoError(f"The run folder {str(path)!r} is not empty; {go_on}.")
 
     @classmethod
     def create(cls, config: TuneConfig) -> "Run":
@@ -125,9 +125,8 @@ class Run:
         """
         path = Path(path)
         if not (path / "config.yaml").is_file():
-            raise ZoError(
-                f"{str(path)!r} is not a run folder (it has no config.yaml); check the path."
-            )
+            reason = "is not a run folder (it has no config.yaml)"
+            raise ZoError(f"{str(path)!r} {reason}; check the path.")
         run = cls(path, load_config(TuneConfig, path / "config.yaml"))
         (path / "checkpoints").mkdir(exist_ok=True)
         return run
@@ -230,6 +229,7 @@ _OWN_FILES = (
     "env.json",
     "trajectory.bin",
     "metrics.jsonl",
+    TARGETS_FILE,
     "delta.safetensors",
     "loss.png",
     "summary.json",

@@ -27,8 +27,9 @@ from zo_gguf.noise import measure_noise, measure_units
 from zo_gguf.optimizer import check_optimizer, default_learning_rate
 from zo_gguf.progress import Progress
 from zo_gguf.report import TuneResult, finish
-from zo_gguf.run import Run, State, open_trajectory
+from zo_gguf.run import TARGETS_FILE, Run, State, open_trajectory
 from zo_gguf.schedule import learning_rate
+from zo_gguf.soft_targets import choose_targets
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
 from zo_gguf.tune_config import parse_units
@@ -141,6 +142,14 @@ def _train(
 def _resolve(session: Session) -> None:
     """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
     config, engine = session.config, session.engine
+    targets = choose_targets(
+        config,
+        engine,
+        session.draw,
+        session.run.path / TARGETS_FILE,
+        begun=session.trajectory.n_records > 0,
+    )
+    config = dataclasses.replace(config, targets=targets)
     # The rows of some steps, where those of one are too few to tell much.
     steps = range(max(1, MEASURED_ROWS // config.n_rows))
     rows = [row for step in steps for row in session.draw(step)]

@@ -152,6 +152,12 @@ class TuneConfig(RowsConfig):
     curvature: bool = option(
         help="weigh each direction by the curvature along it, for one more forward", default=False
     )
+    targets: Literal["auto", "answers", "probe"] = option(
+        help="what rows with choices are trained towards: their answers, or the probabilities that "
+        "a linear probe of the untuned model's hidden states gives them, which vary less (auto: "
+        "the probe where all rows have the same choices and it beats the model)",
+        default="auto",
+    )
     adjust: bool = option(
         help="take from the slopes what the rows drawn explain (rows with choices, spsa)",
         default=False,
