@@ -1,4 +1,4 @@
-"""Training towards a probe's probabilities: what the probe is, when there is one, and its file."""
+"""Soft targets: what they are, when there are any, and their file."""
 
 import dataclasses
 from pathlib import Path
@@ -20,8 +20,8 @@ from zo_gguf.soft_targets import (
     choose_targets,
     cross_fit,
     load_targets,
-    probe,
     save_targets,
+    soft_targets,
     why_not,
 )
 
@@ -67,7 +67,7 @@ class Reader:
 
 def test_probabilities_are_those_that_answers_were_drawn_from() -> None:
     states, chance, answers = drawn_answers()
-    found = cross_fit(states, answers)
+    found, _ = cross_fit(states, answers)
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-12)
     labels = np.eye(len(CHOICES))[answers]
     # Nearer to the truth than the answers are, by far.
@@ -75,11 +75,11 @@ def test_probabilities_are_those_that_answers_were_drawn_from() -> None:
 
 
 def test_no_row_is_behind_its_own_target() -> None:
-    """States without meaning: a probe that saw a row's answer would lean towards it."""
+    """States without meaning: a classifier that saw a row's answer would lean towards it."""
     rng = np.random.default_rng(1)
     states = rng.standard_normal((200, 400)).astype(np.float32)
     answers = np.arange(200) % 2
-    found = cross_fit(states, answers)
+    found, _ = cross_fit(states, answers)
     own = found[np.arange(200), answers]
     assert abs(own.mean() - 0.5) < 0.05
 
@@ -92,7 +92,7 @@ def test_targets_are_in_the_order_of_each_rows_choices() -> None:
         choices = tuple(CHOICES[c] for c in order)
         rows.append(row(order.index(answer), choices, text=k))
     engine: Any = Reader(states)
-    targets, report = probe(engine, rows, range(N))
+    targets, report = soft_targets(engine, rows, range(N))
     own = np.array([chance[k][list(order)] for k, order in enumerate(orders)])
     assert np.abs(targets - own).mean() < 0.05
     assert report.better
@@ -100,6 +100,17 @@ def test_targets_are_in_the_order_of_each_rows_choices() -> None:
     assert report.loss == pytest.approx(
         -np.log([t[r.answer] for t, r in zip(targets, rows, strict=True)]).mean()
     )
+
+
+def test_rows_beyond_those_fitted_get_targets_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zo_gguf.soft_targets.MOST", 250)
+    states, chance, answers = drawn_answers()
+    engine: Any = Reader(states)
+    rows = [row(answer, text=k) for k, answer in enumerate(answers)]
+    targets, report = soft_targets(engine, rows, range(N))
+    assert report.n_rows == 250
+    assert engine.read == N  # each once
+    assert np.square(targets - chance).mean() < 0.1 * np.square(np.eye(3)[answers] - chance).mean()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_targets_are_in_the_order_of_each_rows_choices() -> None:
         ([row(k % 3) for k in range(30)] + [Example([1, 2], [False, True])], "without choices"),
     ],
 )
-def test_when_there_is_a_probe(rows: list[Example], reason: str) -> None:
+def test_when_there_are_soft_targets(rows: list[Example], reason: str) -> None:
     found = why_not(rows, range(len(rows)))
     assert reason in found
     assert bool(found) == bool(reason)
@@ -132,7 +143,7 @@ class TestChoice:
 
     def test_only_rows_that_the_run_sees_are_read(self, draw: Draw, tmp_path: Path) -> None:
         engine = Reader(drawn_answers()[0])
-        assert self.choose(draw, tmp_path, engine, iters=100) == "probe"
+        assert self.choose(draw, tmp_path, engine, iters=100) == "soft"
         assert engine.read == 100
         assert all(example.target for step in range(100) for example in draw(step))
         assert sum(bool(example.target) for example in draw.examples) == 100
@@ -144,25 +155,25 @@ class TestChoice:
         assert self.choose(draw, tmp_path, engine) == "answers"
         assert "training aims at the answers" in capsys.readouterr().err
         assert not any(example.target for example in draw.examples)
-        assert self.choose(draw, tmp_path, engine, targets="probe") == "probe"
+        assert self.choose(draw, tmp_path, engine, targets="soft") == "soft"
 
     def test_a_run_that_goes_on_has_what_it_had(self, draw: Draw, tmp_path: Path) -> None:
         rows = draw.examples
         self.choose(draw, tmp_path)
         first, draw.examples = draw.examples, rows
         nobody: Any = SimpleNamespace()
-        assert self.choose(draw, tmp_path, nobody, begun=True, targets="probe") == "probe"
+        assert self.choose(draw, tmp_path, nobody, begun=True, targets="soft") == "soft"
         assert draw.examples == first
         draw.examples = rows
         assert self.choose(draw, tmp_path, nobody, begun=True) == "answers"  # it is older
         assert self.choose(draw, tmp_path, nobody, targets="answers") == "answers"
         assert draw.examples == rows
 
-    def test_a_probe_that_cannot_be_is_refused_in_words(self, tmp_path: Path) -> None:
+    def test_what_cannot_be_is_refused_in_words(self, tmp_path: Path) -> None:
         few = Draw([row(k % 3) for k in range(6)], 1, seed=0)
         assert self.choose(few, tmp_path) == "answers"
-        with pytest.raises(ZoError, match=r"no probe: .* fewer than 5 times; leave"):
-            self.choose(few, tmp_path, targets="probe")
+        with pytest.raises(ZoError, match=r"no soft targets: .* fewer than 5 times; leave"):
+            self.choose(few, tmp_path, targets="soft")
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "other rows"])

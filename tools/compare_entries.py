@@ -58,7 +58,7 @@ ENTRIES = (
     Entry("sensitive, grzo, adam", estimator="grzo"),
     Entry("sensitive, natural on two sides, adam", **_TWO_SIDES),
     Entry("sensitive, natural on one side, adam", **_ONE_SIDE),
-    Entry("sensitive, natural on one side, adam, probe", targets="probe", **_ONE_SIDE),
+    Entry("sensitive, natural on one side, adam, soft", targets="soft", **_ONE_SIDE),
     Entry("sensitive, natural on two sides, momentum", optimizer="momentum", **_TWO_SIDES),
     Entry(
         "sensitive, natural on two sides, 16 rows, adam",
@@ -73,9 +73,7 @@ ENTRIES = (
     Entry("norm, fzoo of 8, sgd", "norm", "fzoo", "sgd", mask=None),
     Entry("norm, natural on two sides, adam", "norm", mask=None, **_TWO_SIDES),
     Entry("norm, natural on one side, adam", "norm", mask=None, **_ONE_SIDE),
-    Entry(
-        "norm, natural on one side, adam, probe", "norm", mask=None, targets="probe", **_ONE_SIDE
-    ),
+    Entry("norm, natural on one side, adam, soft", "norm", mask=None, targets="soft", **_ONE_SIDE),
     Entry(
         "norms in place, natural on one side, adam",
         "dense",

@@ -61,10 +61,10 @@ class Task:
 def tokens_per_step(task: Task, options: dict[str, Any]) -> float:
     """Mean forward tokens of a step, over all probes of all directions.
 
-    A probe of the hidden states reads each row as well, once if no row comes twice.
+    For soft targets each row is read as well, once if no row comes twice.
     """
     config = TuneConfig(**options, output="run")
-    forwards = config.forwards_per_step + (config.targets == "probe")
+    forwards = config.forwards_per_step + (config.targets == "soft")
     return task.row_tokens * config.n_rows * forwards
 
 

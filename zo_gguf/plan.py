@@ -173,7 +173,7 @@ def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, 
 def _total_seconds(
     config: TuneConfig, per_step: float, n_valid: int, n_searches: int, n_read: int
 ) -> float:
-    """Steps, validations, searches for eps and a rate for every kind of parameter, rows probed."""
+    """Steps, validations, searches for eps and a rate for every kind of parameter, rows read."""
     forward = per_step / config.forwards_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)

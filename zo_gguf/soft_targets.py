@@ -1,11 +1,11 @@
-"""What rows with choices are trained towards (`--targets`): answers, or a probe's probabilities.
+"""What rows with choices are trained towards (`--targets`): answers, or soft targets.
 
 An answer is a draw from what its text says of the choices, and late in a run most of the variance
-between the rows' slopes is that draw. A linear probe of the untuned model's hidden states (arXiv
-1610.01644) tells the probabilities behind the draws from one forward pass per row; a loss towards
-them has nearly the same gradient with much less variance (soft targets, arXiv 1503.02531). No row's
-own answer is behind its target: the probe that gives it was fitted to other rows (cross-fitting,
-arXiv 1608.00060).
+between the rows' slopes is that draw. A linear classifier of the untuned model's hidden states (a
+linear probe, arXiv 1610.01644) tells the probabilities behind the draws from one forward pass per
+row; a loss towards them has nearly the same gradient with much less variance (soft targets, arXiv
+1503.02531). No row's own answer is behind its target: the classifier that gives it was fitted to
+other rows (cross-fitting, arXiv 1608.00060).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,25 +30,27 @@ from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write
 
 FOLDS = 5
-_COMPARED = 256  # rows on which the untuned model's own answers are compared with the probe's
+MOST = 4096  # rows that classifiers are fitted to; more take memory and tell little more
+_COMPARED = 256  # rows on which the untuned model's own answers are compared with the classifier's
 _PENALTIES = 10.0 ** np.arange(-5, 1.1, 0.5)  # sklearn's C, from the strongest penalty on
 _LEAST = 1e-6  # probability
 _ROWS, _TARGETS = "rows", "targets"
 
 Matrix = NDArray[np.float64]
 Indices = NDArray[np.int64]
+States = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class ProbeReport:
-    """How well the probe tells the answers of rows that it was not fitted to.
+class TargetsReport:
+    """How well the classifier tells the answers of rows that it was not fitted to.
 
     Attributes:
-        n_rows: Rows read.
+        n_rows: Rows that classifiers were fitted to, and measured on in turn.
         loss: Cross-entropy.
         accuracy: Share of right answers.
         model_loss: Of the untuned model on some of the rows.
-        better: Whether the probe's loss on these is lower.
+        better: Whether the classifier's loss on these is lower.
     """
 
     n_rows: int
@@ -60,63 +62,63 @@ class ProbeReport:
     def render(self) -> str:
         """One sentence for people."""
         return (
-            f"a linear probe of the hidden states of {self.n_rows} rows: loss {self.loss:.3f}, "
-            f"accuracy {self.accuracy:.3f} on rows it was not fitted to (the untuned model: loss "
-            f"{self.model_loss:.3f})"
+            f"a linear classifier of the hidden states of {self.n_rows} rows: loss "
+            f"{self.loss:.3f}, accuracy {self.accuracy:.3f} on rows it was not fitted to (the "
+            f"untuned model: loss {self.model_loss:.3f})"
         )
 
 
 def choose_targets(
     config: TuneConfig, engine: Engine, draw: Draw, path: Path, *, begun: bool
-) -> Literal["answers", "probe"]:
+) -> Literal["answers", "soft"]:
     """Have the rows of `draw` aim at what the options say, and say what that is.
 
     Args:
         config: The run's options.
         engine: The model, at its first theta unless the run has begun.
         draw: Its rows are replaced.
-        path: Where the run keeps the probe's probabilities.
+        path: Where the run keeps its soft targets.
         begun: Whether the run has steps, which then had the targets that are in `path`.
 
     Raises:
-        ZoError: A probe was asked for and cannot be had, or the file cannot be used.
+        ZoError: Soft targets were asked for and cannot be had, or the file cannot be used.
     """
     if config.targets == "answers" or (begun and config.targets == "auto"):  # which had none
         return "answers"
     seen = draw.seen(config.iters)
     if reason := why_not(draw.examples, seen):
-        if config.targets == "probe":
-            raise ZoError(f"There can be no probe: {reason}; leave --targets probe out.")
+        if config.targets == "soft":
+            raise ZoError(f"There can be no soft targets: {reason}; leave --targets soft out.")
         return "answers"
     if begun:
         targets = load_targets(path, seen)
     else:
-        targets, report = probe(engine, draw.examples, seen)
-        used = report.better or config.targets == "probe"
+        targets, report = soft_targets(engine, draw.examples, seen)
+        used = report.better or config.targets == "soft"
         aims = "its probabilities" if used else "the answers"
         print(f"{report.render()}; training aims at {aims}", file=sys.stderr)
         if not used:
             return "answers"
         save_targets(path, seen, targets)
     draw.examples = aim(draw.examples, seen, targets)
-    return "probe"
+    return "soft"
 
 
 def why_not(examples: Sequence[Example], seen: Sequence[int]) -> str:
-    """Why no probe can be fitted to the rows that a run will see; "" if one can."""
+    """Why there can be no soft targets for the rows that a run will see; "" if there can."""
     if not all(example.choices for example in examples):
         return "rows without choices have no probabilities to aim at"
     if len({frozenset(example.choices) for example in examples}) > 1:
         return "not all rows have the same choices"
-    counts = Counter(_answer(examples[k]) for k in seen)
+    counts = Counter(_answer(examples[seen[k]]) for k in _fitted(len(seen)))
     if len(counts) < len(set(examples[0].choices)) or min(counts.values()) < FOLDS:
         return f"the rows that the run will see have some answers fewer than {FOLDS} times"
     return ""
 
 
-def probe(
+def soft_targets(
     engine: Engine, examples: Sequence[Example], seen: Sequence[int]
-) -> tuple[Matrix, ProbeReport]:
+) -> tuple[Matrix, TargetsReport]:
     """Probabilities of every choice of the rows that a run will see, in each row's own order.
 
     Args:
@@ -131,56 +133,83 @@ def probe(
         ZoError: The model gives no hidden states.
     """
     rows = [examples[k] for k in seen]
-    states = engine.hidden_states([row.tokens[: row.n_prompt] for row in rows])
     classes = sorted(set(rows[0].choices))
-    labels = np.array([classes.index(_answer(row)) for row in rows])
-    of_classes = cross_fit(states, labels)
-    own = np.array([[classes.index(choice) for choice in row.choices] for row in rows])
+    of_classes = np.empty((len(rows), len(classes)))
+    fitted = _fitted(len(rows))
+    labels = np.array([classes.index(_answer(rows[k])) for k in fitted])
+    states = _read(engine, rows, fitted)
+    of_classes[fitted], penalty = cross_fit(states, labels)
+    others = np.setdiff1d(np.arange(len(rows)), fitted)
+    if others.size:
+        classifier = _classifier(penalty).fit(states, labels)
+        for part in np.array_split(others, -(-others.size // MOST)):  # memory for so many
+            of_classes[part] = _chances(classifier.predict_proba(_read(engine, rows, part)))
+    losses = -np.log(of_classes[fitted, labels])
     compared = slice(0, _COMPARED)
-    losses = -np.log(of_classes[np.arange(len(rows)), labels])
-    model_loss = float(engine.losses(rows[compared]).mean())
-    report = ProbeReport(
-        n_rows=len(rows),
+    model_loss = float(engine.losses([rows[k] for k in fitted[compared]]).mean())
+    report = TargetsReport(
+        n_rows=labels.size,
         loss=float(losses.mean()),
-        accuracy=float((of_classes.argmax(axis=1) == labels).mean()),
+        accuracy=float((of_classes[fitted].argmax(axis=1) == labels).mean()),
         model_loss=model_loss,
         better=bool(losses[compared].mean() < model_loss),
     )
+    own = np.array([[classes.index(choice) for choice in row.choices] for row in rows])
     return np.take_along_axis(of_classes, own, axis=1), report
 
 
-def cross_fit(states: NDArray[np.float32], labels: Indices) -> Matrix:
-    """Probabilities of every class for each row, from logistic regressions on the other folds.
+def _fitted(n_rows: int) -> Indices:
+    """Which rows classifiers are fitted to, ascending."""
+    if n_rows <= MOST:
+        return np.arange(n_rows)
+    return np.sort(np.random.default_rng(0).permutation(n_rows)[:MOST])
 
-    The penalty is the one with the lowest loss; with each it grows from there.
+
+def _read(engine: Engine, rows: Sequence[Example], which: Indices) -> States:
+    return engine.hidden_states([rows[k].tokens[: rows[k].n_prompt] for k in which])
+
+
+def cross_fit(states: States, labels: Indices) -> tuple[Matrix, float]:
+    """Probabilities of every class for each row, from logistic regressions on the other folds.
 
     Args:
         states: (n_rows, n_features).
         labels: (n_rows,) from 0 on, each class at least `FOLDS` times.
 
     Returns:
-        float64 (n_rows, n_classes), each row's sum 1.
+        float64 (n_rows, n_classes), each row's sum 1, and the penalty whose loss is lowest.
     """
-    # Imported here because it takes a second.
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict  # takes a second
+
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    best, best_penalty, best_loss = np.empty(0), 0.0, np.inf
+    for penalty in _PENALTIES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the weakest penalties may not converge, and lose
+            found = _chances(
+                cross_val_predict(
+                    _classifier(penalty), states, labels, cv=folds, method="predict_proba"
+                )
+            )
+        loss = -np.log(found[np.arange(labels.size), labels]).mean()
+        if loss >= best_loss:  # with weaker ones it only grows
+            break
+        best, best_penalty, best_loss = found, float(penalty), loss
+    return best, best_penalty
+
+
+def _classifier(penalty: float) -> Any:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    best, best_loss = np.empty(0), np.inf
-    for penalty in _PENALTIES:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=200))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the weakest penalties may not converge, and lose
-            found = cross_val_predict(model, states, labels, cv=folds, method="predict_proba")
-        found = np.clip(np.asarray(found, np.float64), _LEAST, None)
-        found /= found.sum(axis=1, keepdims=True)
-        loss = -np.log(found[np.arange(labels.size), labels]).mean()
-        if loss >= best_loss:
-            break
-        best, best_loss = found, loss
-    return best
+    return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=200))
+
+
+def _chances(found: NDArray[np.floating]) -> Matrix:
+    """Probabilities, none of them 0, (n, n_classes)."""
+    chances = np.clip(np.asarray(found, np.float64), _LEAST, None)
+    return np.asarray(chances / chances.sum(axis=1, keepdims=True))
 
 
 def aim(examples: Sequence[Example], seen: Sequence[int], targets: Matrix) -> list[Example]:

@@ -152,10 +152,10 @@ class TuneConfig(RowsConfig):
     curvature: bool = option(
         help="weigh each direction by the curvature along it, for one more forward", default=False
     )
-    targets: Literal["auto", "answers", "probe"] = option(
-        help="what rows with choices are trained towards: their answers, or the probabilities that "
-        "a linear probe of the untuned model's hidden states gives them, which vary less (auto: "
-        "the probe where all rows have the same choices and it beats the model)",
+    targets: Literal["auto", "answers", "soft"] = option(
+        help="what rows with choices are trained towards: their answers, or soft, the "
+        "probabilities that a linear classifier of the untuned model's hidden states gives them, "
+        "which vary less (auto: soft where all rows have the same choices and it beats the model)",
         default="auto",
     )
     adjust: bool = option(
