@@ -129,6 +129,7 @@ def test_tune_merge_and_resume(
         "unit": ["gain=2"],
         "estimator": "spsa",
         "adjust": True,
+        "targets": "answers",
         "iters": 12,
         "save_every": 5,
         "valid_rows": 24,

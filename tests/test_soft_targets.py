@@ -10,19 +10,20 @@ import pytest
 import torch
 from reference import torch_model
 
+from zo_gguf.classifier import cross_fit
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
+from zo_gguf.probe import Scores
 from zo_gguf.soft_targets import (
     aim,
     choose_targets,
-    cross_fit,
     load_targets,
     save_targets,
     soft_targets,
-    why_not,
+    wants_soft,
 )
 
 N, N_FEATURES = 600, 4
@@ -51,18 +52,34 @@ def config(**options: Any) -> TuneConfig:
 
 
 class Reader:
-    """An engine that knows the hidden states of texts by their second token."""
+    """An engine that knows the hidden states of texts by their second token.
 
-    def __init__(self, states: np.ndarray, loss: float = 2.0) -> None:
-        self.states, self.loss = states, loss
+    Its own answers: it gives `sure` to one choice, which is right for a share of the texts.
+    """
+
+    def __init__(self, states: np.ndarray, *, sure: float = 0.5, right: float = 0.4) -> None:
+        self.states, self.sure = states, sure
+        random = np.random.default_rng(5)
+        self.knows = random.random(len(states)) < right
+        self.misses_by = random.integers(1, len(CHOICES), len(states))
         self.read = 0
 
     def hidden_states(self, texts: list[list[int]]) -> np.ndarray:
         self.read += len(texts)
         return self.states[[text[1] for text in texts]]
 
-    def losses(self, rows: list[Example]) -> np.ndarray:
-        return np.full((1, len(rows)), self.loss)
+    def score(self, rows: list[Example]) -> Scores:
+        losses, correct, outcomes, targets = [], [], [], []
+        for row in rows:
+            n, text = len(row.choices), row.tokens[1]
+            known = self.knows[text]
+            chance = np.full(n, (1 - self.sure) / (n - 1))
+            chance[(row.answer + (0 if known else self.misses_by[text])) % n] = self.sure
+            targets.append(np.eye(n)[row.answer])
+            outcomes.append((chance - targets[-1])[None])
+            losses.append(-np.log(chance[row.answer]))
+            correct.append(float(known))
+        return Scores(np.array([losses]), np.array([correct]), 1, outcomes, targets)
 
 
 def test_probabilities_are_those_that_answers_were_drawn_from() -> None:
@@ -97,9 +114,8 @@ def test_targets_are_in_the_order_of_each_rows_choices() -> None:
     assert np.abs(targets - own).mean() < 0.05
     assert report.better
     assert report.n_rows == engine.read == N
-    assert report.loss == pytest.approx(
-        -np.log([t[r.answer] for t, r in zip(targets, rows, strict=True)]).mean()
-    )
+    of_answers = np.array([t[r.answer] for t, r in zip(targets, rows, strict=True)])
+    assert report.loss == pytest.approx(-np.log(of_answers).mean(), abs=0.1)  # of 256 of them
 
 
 def test_rows_beyond_those_fitted_get_targets_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +140,12 @@ def test_rows_beyond_those_fitted_get_targets_too(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_when_there_are_soft_targets(rows: list[Example], reason: str) -> None:
-    found = why_not(rows, range(len(rows)))
-    assert reason in found
-    assert bool(found) == bool(reason)
+    seen = range(len(rows))
+    assert wants_soft(config(), rows, seen) == (not reason)
+    assert not wants_soft(config(targets="answers"), rows, seen)
+    if reason:
+        with pytest.raises(ZoError, match=f"{reason}.*; leave --targets soft out"):
+            wants_soft(config(targets="soft"), rows, seen)
 
 
 class TestChoice:
@@ -151,11 +170,43 @@ class TestChoice:
     def test_answers_where_the_model_knows_better(
         self, draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        engine = Reader(drawn_answers()[0], loss=0.01)
+        engine = Reader(drawn_answers()[0], sure=0.99, right=1.0)
         assert self.choose(draw, tmp_path, engine) == "answers"
         assert "training aims at the answers" in capsys.readouterr().err
         assert not any(example.target for example in draw.examples)
         assert self.choose(draw, tmp_path, engine, targets="soft") == "soft"
+
+    def test_a_model_that_is_merely_too_sure_is_not_beaten(
+        self, draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """States that tell nothing give a lower loss than an overconfident model, and no news."""
+        noise = np.random.default_rng(3).standard_normal((N, N_FEATURES)).astype(np.float32)
+        engine = Reader(noise, sure=0.98, right=0.6)
+        assert engine.score(draw.examples).losses.mean() > np.log(len(CHOICES))
+        assert self.choose(draw, tmp_path, engine) == "answers"
+        assert "training aims at the answers" in capsys.readouterr().err
+
+    def test_a_model_without_states_is_trained_on_answers(
+        self, draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def refuse(_: object) -> None:
+            raise ZoError("No states.")
+
+        engine = SimpleNamespace(hidden_states=refuse)
+        assert self.choose(draw, tmp_path, engine) == "answers"
+        assert "No states. Training aims at the answers" in capsys.readouterr().err
+        with pytest.raises(ZoError, match="No states"):
+            self.choose(draw, tmp_path, engine, targets="soft")
+
+    def test_rows_beyond_a_longer_runs_targets_aim_at_answers(
+        self, draw: Draw, tmp_path: Path
+    ) -> None:
+        self.choose(draw, tmp_path, iters=100)
+        first = draw.examples
+        nobody: Any = SimpleNamespace()
+        assert self.choose(draw, tmp_path, nobody, begun=True, targets="soft", iters=200) == "soft"
+        assert draw.examples == first
+        assert sum(bool(example.target) for step in range(200) for example in draw(step)) == 100
 
     def test_a_run_that_goes_on_has_what_it_had(self, draw: Draw, tmp_path: Path) -> None:
         rows = draw.examples
@@ -176,17 +227,26 @@ class TestChoice:
             self.choose(few, tmp_path, targets="soft")
 
 
-@pytest.mark.parametrize("damage", ["missing", "torn", "other rows"])
+@pytest.mark.parametrize("damage", ["missing", "torn", "altered", "other rows", "other choices"])
 def test_bad_files_are_refused_in_words(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "targets.safetensors"
-    targets = np.full((3, 2), 0.5)
+    rows = [row(k % 3) for k in range(6)]
+    targets = np.full((3, 3), 1 / 3)
     if damage != "missing":
         save_targets(path, [1, 2, 5], targets)
-        assert np.array_equal(load_targets(path, [1, 2, 5]), targets)
+        numbers, found = load_targets(path, rows)
+        assert numbers == [1, 2, 5]
+        assert np.array_equal(found, targets)
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ZoError, match=r"targets\.safetensors.*--overwrite"):
-        load_targets(path, [1, 2, 4])
+    elif damage == "altered":
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    elif damage == "other rows":
+        rows = rows[:5]
+    elif damage == "other choices":
+        rows = [row(0, CHOICES[:2])] * 6
+    with pytest.raises(ZoError, match=r"targets\.safetensors.*put the original back"):
+        load_targets(path, rows)
 
 
 def test_aim_leaves_other_rows_alone() -> None:

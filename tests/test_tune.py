@@ -68,8 +68,8 @@ def bits(run: Path, name: str = "checkpoints/latest.safetensors") -> bytes:
 
 
 def test_run_directory_is_complete(finished: Path) -> None:
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "trajectory.bin", "summary.json"):
-        assert (finished / name).stat().st_size > 0, name
+    names = "config.yaml env.json metrics.jsonl trajectory.bin summary.json targets.safetensors"
+    assert all((finished / name).stat().st_size > 0 for name in names.split())
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, N_STEPS + 1))

@@ -26,8 +26,8 @@ VENV = dev.ROOT / ".venv-gpu"
 PYTHON = VENV / "bin" / "python"
 
 # Not in any kit, for their size; only what needs them says so where they are missing.
-TOO_LARGE = {"numpy", "cmake", "matplotlib", "torch", "transformers"}
-OPTIONAL = {"matplotlib", "torch", "transformers", "sentencepiece", "protobuf"}
+TOO_LARGE = {"numpy", "cmake", "matplotlib", "scikit-learn", "torch", "transformers"}
+OPTIONAL = {"matplotlib", "scikit-learn", "torch", "transformers", "sentencepiece", "protobuf"}
 # What our requirements require in turn: a kit is installed without asking pip for that.
 INDIRECT = ["pathspec>=1.0", "packaging>=24", "typing-extensions>=4.5", "diskcache>=5.6.1"]
 INDIRECT += ["MarkupSafe>=2.0", "iniconfig>=2", "pluggy>=1.6", "Pygments>=2.15"]

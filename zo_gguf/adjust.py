@@ -1,7 +1,7 @@
 """Regression adjustment: slopes freed of what the draw of rows alone explains.
 
-A row's slope along z is largely its residuals (probability of each choice minus 1 for the right
-one) times how z moves the choices. So the mean slope of a batch depends on the residuals it happens
+A row's slope along z is largely its residuals (probability of each choice minus what is aimed at)
+times how z moves the choices. So the mean slope of a batch depends on the residuals it happens
 to hold. Regressing the rows' slopes on their residuals and moving the mean to the residuals of the
 last steps' rows, a control variate, takes that part away; no forward pass is needed. On AG News it
 halves the variance between rows late in a run; that runs end lower was not shown (tools/LOG.md).

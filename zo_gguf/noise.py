@@ -128,8 +128,8 @@ def measure_units(
         examples: As for `measure_noise`.
 
     Returns:
-        eps and reach for all kinds at once, smaller than those of the first because their effects
-        add up, and the unit of each kind.
+        eps and reach for all kinds at once, smaller than those of one because their effects add up,
+        and the unit of each kind.
 
     Raises:
         ZoError: As `measure_noise`.
@@ -139,11 +139,12 @@ def measure_units(
     for kind in kinds:
         engine.parameters.set_units({other: float(other == kind) for other in kinds})
         found[kind] = measure_noise(engine, examples)
-    first = found[kinds[0]]
-    units = {kind: found[kind].eps / first.eps for kind in kinds}
+    first = found[kinds[0]].eps
+    units = {kind: found[kind].eps / first for kind in kinds}
     engine.parameters.set_units(units)
-    eps = float(f"{first.eps / np.sqrt(len(kinds)):.2g}")
-    return eps, float(first.reach / np.sqrt(len(kinds))), units
+    reach = min(found[kind].reach / units[kind] for kind in kinds)
+    together = np.sqrt(len(kinds))
+    return float(f"{first / together:.2g}"), float(reach / together), units
 
 
 def _differences(engine: Engine, examples: Sequence[Example], eps: float, seeds: range) -> Array:
@@ -153,7 +154,7 @@ def _differences(engine: Engine, examples: Sequence[Example], eps: float, seeds:
     if not np.isfinite(losses).all():
         raise ZoError(
             f"The loss is not finite at eps {eps:g}; check the model and the data with "
-            "`zo-gguf eval`, or give a smaller --eps."
+            "`zo-gguf eval`, or give a smaller --eps and a --learning-rate."
         )
     return np.asarray(losses[0::2] - losses[1::2], np.float64)
 

@@ -17,7 +17,7 @@ from zo_gguf.estimator import estimate
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.noise import MAX_FORWARDS
 from zo_gguf.run import first_state
-from zo_gguf.soft_targets import why_not
+from zo_gguf.soft_targets import wants_soft
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import record_size
 from zo_gguf.tune import MEASURED_ROWS, load_rows, measures_units, refuse_unread_mask
@@ -119,8 +119,7 @@ def plan(config: TuneConfig) -> PlanResult:
         if measures_units(config, method):
             n_searches = len(method.kinds)
         seen = draw.seen(config.iters)
-        reads = config.targets != "answers" and not why_not(train, seen)
-        n_read = len(seen) if reads else 0
+        n_read = len(seen) if wants_soft(config, train, seen) else 0
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
     trainable = BYTES_PER_ENTRY * state.theta.size

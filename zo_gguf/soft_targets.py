@@ -10,7 +10,6 @@ other rows (cross-fitting, arXiv 1608.00060).
 
 import dataclasses
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,22 +18,21 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from zo_gguf.classifier import FOLDS, chances_of, classifier, cross_fit
 from zo_gguf.config import TuneConfig
 from zo_gguf.draw import Draw
 from zo_gguf.encoding import Example
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write
+from zo_gguf.run import digest
 
-FOLDS = 5
 MOST = 4096  # rows that classifiers are fitted to; more take memory and tell little more
 _COMPARED = 256  # rows on which the untuned model's own answers are compared with the classifier's
-_PENALTIES = 10.0 ** np.arange(-5, 1.1, 0.5)  # sklearn's C, from the strongest penalty on
-_LEAST = 1e-6  # probability
-_ROWS, _TARGETS = "rows", "targets"
+_ROWS, _TARGETS, _CHECKSUM = "rows", "targets", "sha256"
 
 Matrix = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -45,26 +43,35 @@ States = NDArray[np.float32]
 class TargetsReport:
     """How well the classifier tells the answers of rows that it was not fitted to.
 
+    Measured on up to 256 of the rows, as is the untuned model, whose scores are calibrated by
+    another such classifier where that helps: what a bias alone costs, tuning soon makes good.
+
     Attributes:
-        n_rows: Rows that classifiers were fitted to, and measured on in turn.
-        loss: Cross-entropy.
-        accuracy: Share of right answers.
-        model_loss: Of the untuned model on some of the rows.
-        better: Whether the classifier's loss on these is lower.
+        n_rows: Rows that classifiers were fitted to.
+        loss, model_loss: Cross-entropies.
+        accuracy, model_accuracy: Shares of right answers.
+        error: Standard error of the difference of the losses.
     """
 
     n_rows: int
     loss: float
-    accuracy: float
     model_loss: float
-    better: bool
+    accuracy: float
+    model_accuracy: float
+    error: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the classifier tells clearly more than the untuned model."""
+        clear = self.model_loss - self.loss > 2 * self.error
+        return clear and self.accuracy >= self.model_accuracy
 
     def render(self) -> str:
         """One sentence for people."""
         return (
             f"a linear classifier of the hidden states of {self.n_rows} rows: loss "
             f"{self.loss:.3f}, accuracy {self.accuracy:.3f} on rows it was not fitted to (the "
-            f"untuned model: loss {self.model_loss:.3f})"
+            f"untuned model, calibrated: {self.model_loss:.3f}, {self.model_accuracy:.3f})"
         )
 
 
@@ -83,29 +90,48 @@ def choose_targets(
     Raises:
         ZoError: Soft targets were asked for and cannot be had, or the file cannot be used.
     """
-    if config.targets == "answers" or (begun and config.targets == "auto"):  # which had none
+    if begun and config.targets != "soft":  # auto: an older run, which had none
         return "answers"
     seen = draw.seen(config.iters)
-    if reason := why_not(draw.examples, seen):
-        if config.targets == "soft":
-            raise ZoError(f"There can be no soft targets: {reason}; leave --targets soft out.")
-        return "answers"
     if begun:
-        targets = load_targets(path, seen)
-    else:
+        draw.examples = aim(draw.examples, *load_targets(path, draw.examples))
+        return "soft"
+    if not wants_soft(config, draw.examples, seen):
+        if config.targets == "auto" and draw.examples[0].choices:
+            print(f"training aims at the answers: {_why_not(draw.examples, seen)}", file=sys.stderr)
+        return "answers"
+    try:
         targets, report = soft_targets(engine, draw.examples, seen)
-        used = report.better or config.targets == "soft"
-        aims = "its probabilities" if used else "the answers"
-        print(f"{report.render()}; training aims at {aims}", file=sys.stderr)
-        if not used:
-            return "answers"
-        save_targets(path, seen, targets)
+    except ZoError as error:
+        if config.targets == "soft":
+            raise
+        print(f"{error} Training aims at the answers.", file=sys.stderr)
+        return "answers"
+    used = report.better or config.targets == "soft"
+    aims = "its probabilities" if used else "the answers"
+    print(f"{report.render()}; training aims at {aims}", file=sys.stderr)
+    if not used:
+        return "answers"
+    save_targets(path, seen, targets)
     draw.examples = aim(draw.examples, seen, targets)
     return "soft"
 
 
-def why_not(examples: Sequence[Example], seen: Sequence[int]) -> str:
-    """Why there can be no soft targets for the rows that a run will see; "" if there can."""
+def wants_soft(config: TuneConfig, examples: Sequence[Example], seen: Sequence[int]) -> bool:
+    """Whether to look for soft targets of the rows that a run will see.
+
+    Raises:
+        ZoError: They were asked for and there can be none.
+    """
+    if config.targets == "answers":
+        return False
+    reason = _why_not(examples, seen)
+    if reason and config.targets == "soft":
+        raise ZoError(f"There can be no soft targets: {reason}; leave --targets soft out.")
+    return not reason
+
+
+def _why_not(examples: Sequence[Example], seen: Sequence[int]) -> str:
     if not all(example.choices for example in examples):
         return "rows without choices have no probabilities to aim at"
     if len({frozenset(example.choices) for example in examples}) > 1:
@@ -141,21 +167,41 @@ def soft_targets(
     of_classes[fitted], penalty = cross_fit(states, labels)
     others = np.setdiff1d(np.arange(len(rows)), fitted)
     if others.size:
-        classifier = _classifier(penalty).fit(states, labels)
+        fit = classifier(penalty).fit(states, labels)
         for part in np.array_split(others, -(-others.size // MOST)):  # memory for so many
-            of_classes[part] = _chances(classifier.predict_proba(_read(engine, rows, part)))
-    losses = -np.log(of_classes[fitted, labels])
-    compared = slice(0, _COMPARED)
-    model_loss = float(engine.losses([rows[k] for k in fitted[compared]]).mean())
-    report = TargetsReport(
-        n_rows=labels.size,
-        loss=float(losses.mean()),
-        accuracy=float((of_classes[fitted].argmax(axis=1) == labels).mean()),
-        model_loss=model_loss,
-        better=bool(losses[compared].mean() < model_loss),
-    )
+            of_classes[part] = chances_of(fit.predict_proba(_read(engine, rows, part)))
     own = np.array([[classes.index(choice) for choice in row.choices] for row in rows])
+    report = _compare(engine, [rows[k] for k in fitted], own[fitted], labels, of_classes[fitted])
     return np.take_along_axis(of_classes, own, axis=1), report
+
+
+def _compare(
+    engine: Engine, rows: Sequence[Example], own: Indices, labels: Indices, found: Matrix
+) -> TargetsReport:
+    """Classifier against model; `own` has the class of every choice, (n_rows, n_classes)."""
+    chosen = np.random.default_rng(1).permutation(labels.size)[:_COMPARED]  # rows may be sorted
+    labels, found = labels[chosen], found[chosen]
+    scores = engine.score([rows[k] for k in chosen])
+    chances = np.empty_like(found)  # residuals and what is taken off for them
+    of_choices = np.stack([residual[0] for residual in scores.outcomes]) + scores.targets
+    np.put_along_axis(chances, own[chosen], chances_of(of_choices), axis=1)
+    losses = _losses(chances, labels)
+    if np.bincount(labels, minlength=found.shape[1]).min() >= FOLDS:
+        calibrated, _ = cross_fit(np.log(chances).astype(np.float32), labels)
+        losses = min(losses, _losses(calibrated, labels), key=np.mean)
+    of_classifier = _losses(found, labels)
+    return TargetsReport(
+        n_rows=len(rows),
+        loss=float(of_classifier.mean()),
+        model_loss=float(losses.mean()),
+        accuracy=float((found.argmax(axis=1) == labels).mean()),
+        model_accuracy=float(scores.correct.mean()),
+        error=float((losses - of_classifier).std() / np.sqrt(labels.size)),
+    )
+
+
+def _losses(chances: Matrix, answers: Indices) -> Matrix:
+    return np.asarray(-np.log(chances[np.arange(answers.size), answers]))
 
 
 def _fitted(n_rows: int) -> Indices:
@@ -169,49 +215,6 @@ def _read(engine: Engine, rows: Sequence[Example], which: Indices) -> States:
     return engine.hidden_states([rows[k].tokens[: rows[k].n_prompt] for k in which])
 
 
-def cross_fit(states: States, labels: Indices) -> tuple[Matrix, float]:
-    """Probabilities of every class for each row, from logistic regressions on the other folds.
-
-    Args:
-        states: (n_rows, n_features).
-        labels: (n_rows,) from 0 on, each class at least `FOLDS` times.
-
-    Returns:
-        float64 (n_rows, n_classes), each row's sum 1, and the penalty whose loss is lowest.
-    """
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict  # takes a second
-
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    best, best_penalty, best_loss = np.empty(0), 0.0, np.inf
-    for penalty in _PENALTIES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the weakest penalties may not converge, and lose
-            found = _chances(
-                cross_val_predict(
-                    _classifier(penalty), states, labels, cv=folds, method="predict_proba"
-                )
-            )
-        loss = -np.log(found[np.arange(labels.size), labels]).mean()
-        if loss >= best_loss:  # with weaker ones it only grows
-            break
-        best, best_penalty, best_loss = found, float(penalty), loss
-    return best, best_penalty
-
-
-def _classifier(penalty: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=200))
-
-
-def _chances(found: NDArray[np.floating]) -> Matrix:
-    """Probabilities, none of them 0, (n, n_classes)."""
-    chances = np.clip(np.asarray(found, np.float64), _LEAST, None)
-    return np.asarray(chances / chances.sum(axis=1, keepdims=True))
-
-
 def aim(examples: Sequence[Example], seen: Sequence[int], targets: Matrix) -> list[Example]:
     """The rows, those that are seen with targets, (n_seen, n_choices)."""
     aimed = list(examples)
@@ -222,24 +225,36 @@ def aim(examples: Sequence[Example], seen: Sequence[int], targets: Matrix) -> li
 
 def save_targets(path: Path, seen: Sequence[int], targets: Matrix) -> None:
     """Write them down, so that a resumed run has the same to the last bit."""
+    tensors: dict[str, NDArray[Any]] = {_ROWS: np.array(seen, np.int64), _TARGETS: targets}
     with atomic_write(path) as file:
-        file.write(save({_ROWS: np.array(seen, np.int64), _TARGETS: targets}))
+        file.write(save(tensors, {_CHECKSUM: _checksum(tensors)}))
 
 
-def load_targets(path: Path, seen: Sequence[int]) -> Matrix:
-    """What `save_targets` wrote.
+def load_targets(path: Path, examples: Sequence[Example]) -> tuple[list[int], Matrix]:
+    """What `save_targets` wrote. Rows that a longer run sees beyond them aim at their answers.
 
     Raises:
         ZoError: The file is missing, damaged or of other rows.
     """
     try:
-        tensors = load(path.read_bytes())
-        if np.array_equal(tensors[_ROWS], np.array(seen, np.int64)):
-            return np.asarray(tensors[_TARGETS], np.float64)
-        reason = "it is of other rows"
-    except (OSError, SafetensorError, KeyError) as error:
-        reason = str(error)
-    raise ZoError(f"{str(path)!r} cannot be used ({reason}); begin the run anew with --overwrite.")
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in (_ROWS, _TARGETS)}
+            if (file.metadata() or {}).get(_CHECKSUM) != _checksum(tensors):
+                raise ValueError("its checksum differs")
+        rows = tensors[_ROWS].tolist()
+        shape = (len(rows), len(examples[0].choices))
+        if tensors[_TARGETS].shape != shape or max(rows) >= len(examples):
+            raise ValueError("it is of other rows")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ZoError(
+            f"{str(path)!r} cannot be used ({error}); put the original back, or begin the run anew "
+            "with --overwrite."
+        ) from error
+    return rows, tensors[_TARGETS]
+
+
+def _checksum(tensors: dict[str, NDArray[Any]]) -> str:
+    return digest(tensors[_ROWS], tensors[_TARGETS])
 
 
 def _answer(example: Example) -> tuple[int, ...]:
