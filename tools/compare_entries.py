@@ -58,7 +58,6 @@ ENTRIES = (
     Entry("sensitive, grzo, adam", estimator="grzo"),
     Entry("sensitive, natural on two sides, adam", **_TWO_SIDES),
     Entry("sensitive, natural on one side, adam", **_ONE_SIDE),
-    Entry("sensitive, natural on one side, adam, soft", targets="soft", **_ONE_SIDE),
     Entry("sensitive, natural on two sides, momentum", optimizer="momentum", **_TWO_SIDES),
     Entry(
         "sensitive, natural on two sides, 16 rows, adam",
