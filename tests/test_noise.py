@@ -43,6 +43,14 @@ class Cubic:
         return np.array(losses)
 
 
+class Saturating(Cubic):
+    """Linear up to some 1e-4, flat from 1e-3 on."""
+
+    def losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> np.ndarray:
+        near = [Probe(p.seed, float(np.tanh(1e3 * p.scale)) / 1e3) for p in probes]
+        return super().losses(examples, near) * np.ones((1, 1))
+
+
 def analytic_reach(bend: float, name: str = "weight") -> float:
     """Slopes along the search's eight directions are a + bend a^3 eps^2."""
     a = np.array([np.random.default_rng([k, len(name)]).standard_normal() for k in range(8)])
@@ -65,6 +73,16 @@ def test_eps_grows_with_the_noise() -> None:
 def test_reach_ends_where_nothing_was_looked_at() -> None:
     report = measure_noise(Cubic(1e-3, {"weight": 0.0}), [0])
     assert 0.25 <= report.reach <= 0.512
+
+
+def test_a_loss_that_is_all_bent_at_the_first_eps() -> None:
+    """Its differences hardly depend on eps there, as those of noise."""
+    wide = measure_noise(Cubic(1e-6, {"weight": BEND}), [0])
+    narrow = measure_noise(Saturating(1e-6, {"weight": BEND}), [0])
+    assert wide.reach > 0.01
+    assert 1e-6 < narrow.eps < 3e-4
+    # tanh x bends by x^2 / 3 of its slope.
+    assert narrow.reach == pytest.approx(1e-3 * np.sqrt(3 * BENT), rel=0.3)
 
 
 def test_kinds_share_their_reach() -> None:

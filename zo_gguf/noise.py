@@ -98,9 +98,12 @@ def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
             means.append(rungs[-1].mean(axis=1))
             ladder.append(eps)
             bar.update(1)
+            lower = len(means) == 2 and _saturates(means, ladder, floor)
             if len(means) > 2 and _bends(means, ladder, floor):
-                if not _bends_at_once(means, ladder) or first <= 4 * tiny:
+                lower = _bends_at_once(means, ladder)
+                if not lower or first <= 4 * tiny:
                     break
+            if lower and first > 4 * tiny:
                 # Not linear from the start: the parameters are large in number or in effect.
                 ladder, rungs, means = [], [], []
                 first = max(first / 8, 4 * tiny)
@@ -180,6 +183,12 @@ def _bends_at_once(rows: list[Array], ladder: list[float]) -> bool:
     """Whether curvature moved the slopes between the first two rungs already."""
     unrest = _unrest(rows, ladder)
     return _moved(rows[0], rows[1]) > _NONLINEAR and unrest[1] > _CLEAR * unrest[0]
+
+
+def _saturates(rows: list[Array], ladder: list[float], floor: float) -> bool:
+    """Whether the first two rungs move the loss equally far, and by much more than noise does."""
+    near, far = (eps * _rms(slopes) for eps, slopes in zip(ladder, rows, strict=True))
+    return far < 1.5 * near and 2 * near > 10 * floor
 
 
 def _moved(before: Array, after: Array) -> float:
