@@ -185,17 +185,18 @@ def _compare(
     chances = np.empty_like(found)  # residuals and what is taken off for them
     of_choices = np.stack([residual[0] for residual in scores.outcomes]) + scores.targets
     np.put_along_axis(chances, own[chosen], chances_of(of_choices), axis=1)
-    losses = _losses(chances, labels)
+    of_model = chances
     if np.bincount(labels, minlength=found.shape[1]).min() >= FOLDS:
         calibrated, _ = cross_fit(np.log(chances).astype(np.float32), labels)
-        losses = min(losses, _losses(calibrated, labels), key=np.mean)
+        of_model = min(chances, calibrated, key=lambda p: _losses(p, labels).mean())
+    losses = _losses(of_model, labels)
     of_classifier = _losses(found, labels)
     return TargetsReport(
         n_rows=len(rows),
         loss=float(of_classifier.mean()),
         model_loss=float(losses.mean()),
         accuracy=float((found.argmax(axis=1) == labels).mean()),
-        model_accuracy=float(scores.correct.mean()),
+        model_accuracy=float((of_model.argmax(axis=1) == labels).mean()),
         error=float((losses - of_classifier).std() / np.sqrt(labels.size)),
     )
 
