@@ -48,7 +48,7 @@ class Saturating(Cubic):
 
     def losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> np.ndarray:
         near = [Probe(p.seed, float(np.tanh(1e3 * p.scale)) / 1e3) for p in probes]
-        return super().losses(examples, near) * np.ones((1, 1))
+        return super().losses(examples, near)
 
 
 def analytic_reach(bend: float, name: str = "weight") -> float:

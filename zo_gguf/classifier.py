@@ -45,7 +45,7 @@ def cross_fit(states: States, labels: Indices) -> tuple[Matrix, float]:
                     classifier(penalty), states, labels, cv=folds, method="predict_proba"
                 )
             )
-        loss = -np.log(found[np.arange(labels.size), labels]).mean()
+        loss = losses_of(found, labels).mean()
         if loss >= best_loss:  # with weaker ones it only grows
             break
         best, best_penalty, best_loss = found, float(penalty), loss
@@ -64,3 +64,8 @@ def chances_of(found: NDArray[np.floating]) -> Matrix:
     """Probabilities, none of them 0, (n, n_classes)."""
     chances = np.clip(np.asarray(found, np.float64), _LEAST, None)
     return np.asarray(chances / chances.sum(axis=1, keepdims=True))
+
+
+def losses_of(chances: Matrix, labels: Indices) -> Matrix:
+    """Cross-entropy of every row, (n,), of probabilities (n, n_classes)."""
+    return np.asarray(-np.log(chances[np.arange(labels.size), labels]))

@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from zo_gguf.classifier import FOLDS, chances_of, classifier, cross_fit
+from zo_gguf.classifier import (
+    FOLDS,
+    Indices,
+    Matrix,
+    States,
+    chances_of,
+    classifier,
+    cross_fit,
+    losses_of,
+)
 from zo_gguf.config import TuneConfig
 from zo_gguf.draw import Draw
 from zo_gguf.encoding import Example
@@ -33,10 +42,6 @@ from zo_gguf.run import digest
 MOST = 4096  # rows that classifiers are fitted to; more take memory and tell little more
 _COMPARED = 256  # rows on which the untuned model's own answers are compared with the classifier's
 _ROWS, _TARGETS, _CHECKSUM = "rows", "targets", "sha256"
-
-Matrix = NDArray[np.float64]
-Indices = NDArray[np.int64]
-States = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,10 @@ def choose_targets(
     """
     if begun and config.targets != "soft":  # auto: an older run, which had none
         return "answers"
-    seen = draw.seen(config.iters)
     if begun:
         draw.examples = aim(draw.examples, *load_targets(path, draw.examples))
         return "soft"
+    seen = draw.seen(config.iters)
     if not wants_soft(config, draw.examples, seen):
         if config.targets == "auto" and draw.examples[0].choices:
             print(f"training aims at the answers: {_why_not(draw.examples, seen)}", file=sys.stderr)
@@ -150,7 +155,7 @@ def soft_targets(
     Args:
         engine: The model, at its first theta.
         examples: The rows to train on, all with the same choices.
-        seen: Which of them to read; `why_not` has nothing against them.
+        seen: Which of them to read; `wants_soft` has nothing against them.
 
     Returns:
         float64 (n_seen, n_choices), and how good they are.
@@ -188,9 +193,9 @@ def _compare(
     of_model = chances
     if np.bincount(labels, minlength=found.shape[1]).min() >= FOLDS:
         calibrated, _ = cross_fit(np.log(chances).astype(np.float32), labels)
-        of_model = min(chances, calibrated, key=lambda p: _losses(p, labels).mean())
-    losses = _losses(of_model, labels)
-    of_classifier = _losses(found, labels)
+        of_model = min(chances, calibrated, key=lambda p: losses_of(p, labels).mean())
+    losses = losses_of(of_model, labels)
+    of_classifier = losses_of(found, labels)
     return TargetsReport(
         n_rows=len(rows),
         loss=float(of_classifier.mean()),
@@ -199,10 +204,6 @@ def _compare(
         model_accuracy=float((of_model.argmax(axis=1) == labels).mean()),
         error=float((losses - of_classifier).std() / np.sqrt(labels.size)),
     )
-
-
-def _losses(chances: Matrix, answers: Indices) -> Matrix:
-    return np.asarray(-np.log(chances[np.arange(answers.size), answers]))
 
 
 def _fitted(n_rows: int) -> Indices:
