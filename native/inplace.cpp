@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 1 << 12;
+constexpr int64_t CHUNK          = 1 << 12;
+constexpr char    UNKNOWN_LAYOUT[] = "was repacked for this CPU and cannot be edited in place";
 
 size_t bytes_of(zo_storage storage) {
     return storage == ZO_F32 ? 4 : 2;
@@ -41,6 +42,46 @@ void for_pieces(const zo_inplace & inplace, Body body) {
 }
 
 }  // namespace
+
+// llama.cpp repacks quantized matrices in groups of 4, 8 or 16 rows (ggml-cpu/repack.h): a block of a group
+// has the steps of its rows side by side, then their minima where the type has those, then the codes.
+int64_t zo::inplace_tensor::place(int64_t i) const {
+    const int64_t block = i / field.n_per_block;
+    const int64_t k     = i % field.n_per_block;
+    if (interleave == 1) {
+        return block * field.block_bytes + field.offset[k];
+    }
+    const int64_t per_row = live->ne[0] / ggml_blck_size(live->type);
+    const int64_t row     = block / per_row;
+    const int64_t group   = row / interleave * per_row + block % per_row;
+    return group * interleave * field.block_bytes + (k * interleave + row % interleave) * 2;
+}
+
+bool zo::inplace_tensor::holds_base() const {
+    for (int64_t i = 0; i < field.n_values; ++i) {
+        const ggml_fp16_t scale = ggml_fp32_to_fp16(base[(size_t) i]);
+        if (std::memcmp((const char *) live->data + place(i), &scale, sizeof scale) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void zo::inplace_tensor::find_interleave() {
+    // Which layout this CPU gets is decided inside llama.cpp; where the base's scales lie tells it.
+    std::vector<int64_t> fitting;
+    for (const int64_t rows : { 4, 8, 16 }) {
+        interleave = rows;
+        if (!base.empty() && field.storage == ZO_F16 && live->ne[1] % rows == 0 && holds_base()) {
+            fitting.push_back(rows);
+        }
+    }
+    if (fitting.size() == 1) {
+        interleave = fitting[0];
+    } else {
+        problem = UNKNOWN_LAYOUT;
+    }
+}
 
 void zo_inplace::noise(const zo::inplace_tensor & t, uint64_t seed, int64_t first, int64_t n,
                        float * z) const {
@@ -94,8 +135,11 @@ void zo_inplace::find(ggml_tensor * tensor) {
             t.problem = "has an unexpected size in memory";
         } else if (where.find("Mapped") != std::string::npos) {
             t.problem = "is mapped from the file and must not be written";
-        } else if (where.find("REPACK") != std::string::npos || where.find("AMX") != std::string::npos) {
-            t.problem = "was repacked for this CPU and cannot be edited in place";
+        } else if (where.find("REPACK") != std::string::npos) {
+            t.live = tensor;
+            t.find_interleave();
+        } else if (where.find("AMX") != std::string::npos) {
+            t.problem = UNKNOWN_LAYOUT;
         } else if (!force_staged && devices != nullptr && (t.device = devices->of(tensor)) != nullptr) {
             // Written where it lies.
         } else if (!host || force_staged) {
@@ -207,16 +251,29 @@ zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, float 
     });
 }
 
-zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
+zo_status zo_inplace_check(const zo_inplace * inplace) {
     return guarded([&] {
-        if (inplace == nullptr || branch.signs != 0) {
-            return fail(ZO_ARGUMENT, "in-place values take no signs per example");
+        if (inplace == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_inplace_check got a null pointer");
         }
         for (const zo::inplace_tensor & t : inplace->tensors) {
             if (t.live == nullptr || !t.problem.empty()) {
                 return fail(ZO_GRAPH, "the tensor " + t.name + " " +
                                           (t.live == nullptr ? "is not used by the model" : t.problem));
             }
+        }
+        return ZO_OK;
+    });
+}
+
+zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
+    return guarded([&] {
+        if (inplace == nullptr || branch.signs != 0) {
+            return fail(ZO_ARGUMENT, "in-place values take no signs per example");
+        }
+        const zo_status status = zo_inplace_check(inplace);
+        if (status != ZO_OK) {
+            return status;
         }
         for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n) {
             if (t.device != nullptr) {
@@ -229,9 +286,7 @@ zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
             char * const live  = t.copy.empty() ? (char *) t.live->data : (char *) t.copy.data();
             const size_t width = bytes_of(t.field.storage);
             for (int64_t i = 0; i < n; ++i) {
-                const int64_t block = (first + i) / t.field.n_per_block;
-                const int64_t place = t.field.offset[(first + i) % t.field.n_per_block];
-                std::memcpy(live + block * t.field.block_bytes + place, bytes + (size_t) i * width, width);
+                std::memcpy(live + t.place(first + i), bytes + (size_t) i * width, width);
             }
         });
         for (const zo::inplace_tensor & t : inplace->tensors) {

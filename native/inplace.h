@@ -39,7 +39,15 @@ struct inplace_tensor {
     ggml_tensor *      live    = nullptr;
     gpu *              device  = nullptr;  // that holds it and has kernels
     std::vector<char>  copy;               // of the live bytes, where those are out of reach
+    int64_t            interleave = 1;     // rows side by side in a block, where llama.cpp repacked them
     std::string        problem;
+
+    // Where the i-th value lies in the live bytes.
+    int64_t place(int64_t i) const;
+    // Whether the scales at these places are the base's.
+    bool holds_base() const;
+    // Finds `interleave`, or notes a problem.
+    void find_interleave();
 };
 
 }  // namespace zo

@@ -140,8 +140,12 @@ ZO_API zo_status zo_inplace_write(zo_inplace * inplace, const float * theta);   
 ZO_API zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, float * z);         // [size]
 ZO_API zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, float * live);  // [size]
 
-// Writes the live values of a branch into the loaded weights; between decodes only. Fails, with nothing
-// written, if a tensor was not seen in a decode or lies where it must not be written.
+// Fails if a tensor was not seen in a decode or lies where it must not be written. Rows that llama.cpp
+// interleaved for the CPU are written as they lie, if the layout is one that the base's scales show.
+ZO_API zo_status zo_inplace_check(const zo_inplace * inplace);
+
+// Writes the live values of a branch into the loaded weights; between decodes only. Fails as
+// zo_inplace_check does, with nothing written.
 ZO_API zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch);
 
 // ---- low rank: y += left * (right * x) ---------------------------------------------------------------

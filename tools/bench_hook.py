@@ -28,14 +28,21 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.llama import default_threads, engine_batch, load_model, quiet_engine
 from zo_gguf.mask import Mask, MaskHeader
 from zo_gguf.optimizer import Adam, gradient_estimate
+from zo_gguf.scales import scale_offsets
 from zo_gguf.trajectory import Direction
 
 N_LAYERS, WIDTH, N_HEADS, FFN, VOCAB = 8, 2048, 16, 5632, 32000
 DENSITY = 1e-3
+# Standard deviation of a weight whose codes (in Q4_K also the 6-bit scales and minima) are random
+# bits, in steps of its block; and the minimum, in the same steps, at which the mean is 0.
+TYPES = {"Q4_0": (4.6, 0.0), "Q4_K": (257.0, 7.5)}
 
 
-def write_model(path: Path) -> None:
-    """A Llama with random Q4_0 weights and no tokenizer."""
+def write_model(path: Path, kind: str = "Q4_0") -> None:
+    """A Llama with random weights of a type of `TYPES`, and no tokenizer."""
+    raw_dtype = gguf.GGMLQuantizationType[kind]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[raw_dtype]
+    deviation, minimum = TYPES[kind]
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(2048)
@@ -50,12 +57,13 @@ def write_model(path: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
 
     def matrix(name: str, n_rows: int, n_cols: int) -> None:
-        blocks = rng.integers(0, 256, (n_rows, n_cols // 32, 18), dtype=np.uint8)
-        # Codes are uniform on -8..7, so this scale gives a standard deviation of 1/sqrt(n_cols).
-        scale = np.array([1 / (4.6 * np.sqrt(n_cols))], np.float16)
-        blocks[:, :, :2] = scale.view(np.uint8)
-        data = blocks.reshape(n_rows, -1)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        size = (n_rows, n_cols // block_size, block_bytes)
+        blocks = rng.integers(0, 256, size, dtype=np.uint8)
+        step = 1 / (deviation * np.sqrt(n_cols))
+        for k, at in enumerate(scale_offsets(raw_dtype)):
+            value = np.array([step * (minimum if k else 1)], np.float16)
+            blocks[:, :, at : at + 2] = value.view(np.uint8)
+        writer.add_tensor(name, blocks.reshape(n_rows, -1), raw_dtype=raw_dtype)
 
     matrix("token_embd.weight", VOCAB, WIDTH)
     matrix("output.weight", VOCAB, WIDTH)

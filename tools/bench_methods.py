@@ -1,11 +1,11 @@
 """What a step of every method costs: against as many plain forward passes of stock llama.cpp.
 
-The random-weight Llama of `bench_hook` (Q4_0, 512 tokens); a step is spsa's with adam, its two
+The random-weight Llama of `bench_hook` (512 tokens); a step is spsa's with adam, its two
 forward passes in turn with two plain ones, and ratios are taken pair by pair. Methods that fit are
 measured on both paths, beside the products and in a LoRA adapter. The last lines are a step of the
 estimator `natural`.
 
-    .venv/bin/python tools/bench_methods.py [--rounds 7] [--threads 2] [--only REGEX]
+    .venv/bin/python tools/bench_methods.py [--rounds 7] [--threads 2] [--type Q4_K] [--only REGEX]
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_hook import Plain, make_examples, make_mask, seconds, write_model
+from bench_hook import TYPES, Plain, make_examples, make_mask, seconds, write_model
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.engine import Engine
@@ -75,11 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7, help="steps per line (%(default)s)")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--type", default="Q4_0", choices=list(TYPES), help="%(default)s")
     parser.add_argument("--only", default="", metavar="REGEX", help="lines that match")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, mask = Path(folder) / "random-Q4_0.gguf", Path(folder) / "lines.mask.safetensors"
-        write_model(model)
+        model, mask = Path(folder) / "random.gguf", Path(folder) / "lines.mask.safetensors"
+        write_model(model, options.type)
         make_mask(model, "lines").save(mask)
         for line in LINES:
             name = " ".join(line)

@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp  # noqa: TID251 - only asked what it was built with
+from gguf import GGMLQuantizationType as Type
 
+from zo_gguf.gguf_file import GgufFile
 from zo_gguf.llama import quiet_engine
 from zo_gguf.native import Library
 
 _KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "several devices")  # ggml_backend_dev_type
+
+# What llama.cpp repacks on x86; of these the K-quants have faster products as they lie in the file.
+_FASTER_REPACKED = (Type.Q4_0, Type.IQ4_NL, Type.MXFP4)
+_FASTER_PLAIN = (Type.Q2_K, Type.Q4_K)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,23 @@ def cpu_features() -> str:
     text = llama_cpp.llama_print_system_info().decode(errors="replace")
     pairs = (part.strip().rpartition(":")[2].partition("=") for part in text.split("|"))
     return ", ".join(name.strip() for name, _, value in pairs if value.strip() == "1")
+
+
+def repacking_pays(gguf: GgufFile) -> bool:
+    """Whether long batches are faster on the CPU if llama.cpp may lay matrices out anew.
+
+    Left to itself it does so where it can, although on x86 its products of K-quants in tiles,
+    which take them as they are in the file, are faster. Where that was not measured (AMX, ARM), its
+    own choice stands.
+    """
+    features = cpu_features().split(", ")
+    if "AVX2" not in features or "AMX_INT8" in features:
+        return True
+    sizes = {"repacked": 0, "plain": 0}
+    for tensor in gguf.tensors.values():
+        sizes["repacked"] += tensor.n_bytes * (tensor.type in _FASTER_REPACKED)
+        sizes["plain"] += tensor.n_bytes * (tensor.type in _FASTER_PLAIN)
+    return sizes["repacked"] >= sizes["plain"]
 
 
 def _describe(device: int) -> Device:

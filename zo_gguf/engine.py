@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.adapter import AdapterParameters, EnginePath, choose_path
-from zo_gguf.backends import kernels_run
+from zo_gguf.backends import kernels_run, repacking_pays
 from zo_gguf.batch import (
     DecodeBatch,
     TokenSequence,
@@ -30,12 +30,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Hook, Tensors
 from zo_gguf.hidden import hidden_states
-from zo_gguf.llama import (
-    Vocabulary,
-    default_threads,
-    load_model,
-    native_library,
-)
+from zo_gguf.llama import Vocabulary, default_threads, load_model, native_library
 from zo_gguf.mask import Mask
 from zo_gguf.parameters import Parameters
 from zo_gguf.probe import AT_THETA, Matrix, Probes
@@ -96,22 +91,30 @@ class Engine(Vocabulary):
         self.probes_per_decode = probes_per_decode
         self._padded = kv_layout == "split"
         self._library = native_library()
-        live = {edit.kind for edit in self.mask.live.values()} if self.mask else set()
-        if live and probes_per_decode > 1:
+        self._edits = bool(self.mask and self.mask.live)  # weights, in place
+        if self._edits and probes_per_decode > 1:
             raise ZoError("Weights edited in place have one value per decode: one probe at a time.")
-        repack = "scale" not in live
-        super().__init__(load_model(self.gguf.path, n_gpu_layers, bool(live), repack))
+        options = n_gpu_layers, path, distribution, force_staged
+        self._start(repacking_pays(self.gguf), *options)
+        if self._edits and not self.parameters.are_editable:  # in a layout that libzo does not know
+            self.close()
+            self._start(False, *options)
+
+    def _start(
+        self, repack: bool, n_gpu_layers: int, path: str, distribution: int, force_staged: bool
+    ) -> None:
+        """Load the model, and make all that needs it."""
+        super().__init__(load_model(self.gguf.path, n_gpu_layers, self._edits, repack))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
         self._offloads = n_gpu_layers != 0 and self.supports_gpu
-        staged = self._offloads and probes_per_decode == 1 and not kernels_run(self._library)
+        staged = self._offloads and self.probes_per_decode == 1 and not kernels_run(self._library)
         self.path: EnginePath = choose_path(path, self.gguf, self.mask, staged)
         if self.mask is None:
             self._hook = Hook(self._library, n_threads=self.n_threads, force_staged=force_staged)
         else:
             self._open(self.mask, distribution, force_staged, path == "auto")
-        adapter = getattr(self._parameters, "adapter", None)
-        self._context = self._new_context(self._hook, adapter)
-        if live:
+        self._context = self._new_context(self._hook, getattr(self._parameters, "adapter", None))
+        if self._edits:
             self._locate()
 
     def _open(self, delta: Delta, distribution: int, force_staged: bool, may_change: bool) -> None:
@@ -277,12 +280,11 @@ class Engine(Vocabulary):
 
     def close(self) -> None:
         """Free the model, the context and the native objects."""
-        if self._context:
-            self._context.free()
-        if self._hook:
-            self._hook.free()
-        if self._parameters:
-            self._parameters.free()
+        parts: list[Context | Hook | Parameters | None]
+        parts = [self._context, self._hook, self._parameters]
+        for part in parts:
+            if part is not None:
+                part.free()
         if self._model:
             llama_cpp.llama_model_free(self._model)
         self._context = self._hook = self._parameters = self._model = None

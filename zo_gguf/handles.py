@@ -115,6 +115,10 @@ class InPlace(_Masters):
         """Live values, (size,), before they are rounded to the tensors' types."""
         return self._filled("values", Branch(seed, 0, scale))
 
+    def check(self) -> None:
+        """Raise ZoError as `apply` would."""
+        self._call("check", self.handle)
+
     def apply(self, seed: int, scale: float) -> None:
         """Write the live values at theta + scale * z(seed) into the loaded weights.
 

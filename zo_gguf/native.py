@@ -99,6 +99,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_inplace_write": (c_int32, (Handle, FLOATS)),
     "zo_inplace_noise": (c_int32, (Handle, c_uint64, FLOATS)),
     "zo_inplace_values": (c_int32, (Handle, Branch, FLOATS)),
+    "zo_inplace_check": (c_int32, (Handle,)),
     "zo_inplace_apply": (c_int32, (Handle, Branch)),
     "zo_lowrank_init": (c_int32, (POINTER(Handle),)),
     "zo_lowrank_free": (None, (Handle,)),

@@ -118,6 +118,16 @@ class Parameters:
         return self._in_place is not None
 
     @property
+    def are_editable(self) -> bool:
+        """Whether all weights to be edited in place were found, and lie where they can be."""
+        try:
+            if self._in_place is not None:
+                self._in_place.check()
+        except ZoError:
+            return False
+        return True
+
+    @property
     def resolution(self) -> float:
         """The smallest perturbation that reaches the model; below it, storage rounds it away."""
         live = self.delta.live
