@@ -45,26 +45,38 @@ void for_pieces(const zo_inplace & inplace, Body body) {
 
 // llama.cpp repacks quantized matrices in groups of 4, 8 or 16 rows (ggml-cpu/repack.h): a block of a group
 // has the steps of its rows side by side, then their minima where the type has those, then the codes.
-int64_t zo::inplace_tensor::place(int64_t i) const {
-    const int64_t block = i / field.n_per_block;
-    const int64_t k     = i % field.n_per_block;
-    if (interleave == 1) {
-        return block * field.block_bytes + field.offset[k];
+template <typename Body>
+void zo::inplace_tensor::for_places(int64_t first, int64_t n, Body body) const {
+    // No division per value: these loops run over all scales of a model for every probe.
+    const int64_t per_row = ggml_row_size(live->type, live->ne[0]) / field.block_bytes;
+    const int64_t stride  = interleave * field.block_bytes;
+    int64_t       block   = first / field.n_per_block % per_row;
+    int64_t       row     = first / field.n_per_block / per_row;
+    int64_t       lane    = row % interleave;
+    int64_t       k       = first % field.n_per_block;
+    int64_t       group   = (row / interleave * per_row + block) * stride;
+    for (int64_t i = 0; i < n; ++i) {
+        body(i, group + (interleave == 1 ? field.offset[k] : (k * interleave + lane) * 2));
+        if (++k == field.n_per_block) {
+            k = 0;
+            group += stride;
+            if (++block == per_row) {
+                block = 0;
+                row += 1;
+                lane  = row % interleave;
+                group = row / interleave * per_row * stride;
+            }
+        }
     }
-    const int64_t per_row = live->ne[0] / ggml_blck_size(live->type);
-    const int64_t row     = block / per_row;
-    const int64_t group   = row / interleave * per_row + block % per_row;
-    return group * interleave * field.block_bytes + (k * interleave + row % interleave) * 2;
 }
 
 bool zo::inplace_tensor::holds_base() const {
-    for (int64_t i = 0; i < field.n_values; ++i) {
+    bool holds = true;
+    for_places(0, field.n_values, [&](int64_t i, int64_t place) {
         const ggml_fp16_t scale = ggml_fp32_to_fp16(base[(size_t) i]);
-        if (std::memcmp((const char *) live->data + place(i), &scale, sizeof scale) != 0) {
-            return false;
-        }
-    }
-    return true;
+        holds = holds && std::memcmp((const char *) live->data + place, &scale, sizeof scale) == 0;
+    });
+    return holds;
 }
 
 void zo::inplace_tensor::find_interleave() {
@@ -285,9 +297,9 @@ zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
             round_to(t.field.storage, values, n, bytes);
             char * const live  = t.copy.empty() ? (char *) t.live->data : (char *) t.copy.data();
             const size_t width = bytes_of(t.field.storage);
-            for (int64_t i = 0; i < n; ++i) {
-                std::memcpy(live + t.place(first + i), bytes + (size_t) i * width, width);
-            }
+            t.for_places(first, n, [&](int64_t i, int64_t place) {
+                std::memcpy(live + place, bytes + (size_t) i * width, width);
+            });
         });
         for (const zo::inplace_tensor & t : inplace->tensors) {
             if (t.device != nullptr) {

@@ -42,8 +42,9 @@ struct inplace_tensor {
     int64_t            interleave = 1;     // rows side by side in a block, where llama.cpp repacked them
     std::string        problem;
 
-    // Where the i-th value lies in the live bytes.
-    int64_t place(int64_t i) const;
+    // Runs body(i, place in the live bytes) for n values from `first` on.
+    template <typename Body>
+    void for_places(int64_t first, int64_t n, Body body) const;
     // Whether the scales at these places are the base's.
     bool holds_base() const;
     // Finds `interleave`, or notes a problem.
