@@ -11,10 +11,10 @@
 
 namespace zo {
 
-// A block's inputs; more leaves too few blocks side by side.
-static constexpr size_t MOST_SHARED = 64 << 10;
 // What kernels declare beside what they ask for, at most; the two share one limit.
 static constexpr size_t DECLARED_SHARED = 1 << 10;
+// A block's inputs, 4096 columns of four tokens; more leaves too few blocks side by side.
+static constexpr size_t MOST_SHARED = (64 << 10) + DECLARED_SHARED;
 // Values of one weight in all branches; beyond, branches are done in turns.
 #ifndef ZO_GPU_MOST_VALUES
 #define ZO_GPU_MOST_VALUES (8 << 20)
@@ -301,6 +301,10 @@ int count_gpus() {
         ++usable;
     }
     return usable;
+}
+
+int64_t count_launches() {
+    return n_launches;
 }
 
 std::unique_ptr<gpu> make_gpu(int device) {

@@ -40,14 +40,16 @@ struct column_chunk {
     int32_t first, n_parts;
 };
 
-// The entries of a weight as the kernel visits them. Rows of many entries read their columns of x where they
-// lie, one after the other; the others share a copy of the columns that any of them uses.
+// The entries of a weight as the kernel visits them. Rows of many entries (long ones, and among these the
+// huge) read their columns of x where they lie, one after the other; the others share a copy of the columns
+// that any of them uses.
 struct sparse_layout {
     std::vector<int32_t>      used;   // columns of short rows
     std::vector<int32_t>      place;  // [nnz]: the column in a long row, else its place in the chunk
-    std::vector<row_part>     parts;  // whole long rows, then short ones by chunks
+    std::vector<row_part>     parts;  // whole huge rows, whole long ones, then short ones by chunks
     std::vector<column_chunk> chunks;
-    int32_t                   n_long     = 0;
+    int32_t                   n_huge     = 0;
+    int32_t                   n_long     = 0;  // with the huge ones
     int                       n_together = 4;  // tokens of a tile: 4, 8 or 16
     size_t                    shared     = 0;  // bytes that a tile's inputs take
 
@@ -61,7 +63,7 @@ struct sparse_on_gpu {
     device_array<column_chunk> chunks;
     device_array<int32_t>      entry_row, entry_column;  // [nnz], once a branch has signs
     int64_t                    nnz, n_rows;
-    int32_t                    n_long;
+    int32_t                    n_huge, n_long;
     int                        n_chunks, n_together;
     size_t                     shared;
     uint32_t                   tensor;  // the noise's number
@@ -92,7 +94,7 @@ void lowrank_on_gpu(const gpu_queue & queue, const factors_on_gpu * factors, int
 
 // ---- gains ------------------------------------------------------------------------------------------
 
-constexpr int GAIN_TOGETHER = 64;  // columns of a tile
+constexpr int GAIN_TOGETHER = 32;  // columns of a tile
 
 // y *= factors[branch].
 void gain_on_gpu(const gpu_queue & queue, const float * factors, int64_t n, const column_tile * tiles,

@@ -1,7 +1,7 @@
 // The sparse overlay on a GPU.
 //
-// A block takes a tile of tokens. Warps add up long rows; then the columns of x that short rows meet are
-// copied into shared memory, four tokens side by side, and a thread adds up each row from there. Every sum
+// A block takes a tile of tokens. All of it adds up a huge row, a warp a long one; then the columns of x that
+// short rows meet are copied into shared memory, four tokens side by side, and a thread adds up each row from there. Every sum
 // has one order, whatever the grid, so two runs give the same bits.
 
 #include <algorithm>
@@ -12,7 +12,9 @@
 namespace zo {
 
 static constexpr int THREADS = 256;
-static constexpr int LONG    = 64;  // entries from which on a warp shares a row
+static constexpr int WARPS   = THREADS / LANES;
+static constexpr int LONG    = 64;    // entries from which on a warp shares a row,
+static constexpr int HUGE    = 1024;  // and a block does
 
 static constexpr size_t FREE_SHARED = 47 << 10;  // beside what the kernel declares; more must be asked for
 
@@ -64,6 +66,10 @@ sparse_layout::sparse_layout(const sparse_weight & weight, size_t shared_limit) 
             place_of[(size_t) place[(size_t) i]] = 0;
         }
     }
+    const auto huge =
+        std::stable_partition(parts.begin(), parts.end(),
+                              [](const row_part & whole) { return whole.end - whole.first >= HUGE; });
+    n_huge = (int32_t) (huge - parts.begin());
     n_long = (int32_t) parts.size();
     for (int32_t c = 0; c < (int32_t) weight.n_cols; ++c) {
         if (place_of[(size_t) c] == 0) {
@@ -136,17 +142,18 @@ struct sparse_view {
     const int32_t *      place;
     const row_part *     parts;
     const column_chunk * chunks;
-    int32_t              n_long;
+    int32_t              n_huge, n_long;
     int                  n_chunks;
     int64_t              nnz;
 };
 
-// A warp's sum over one long row, for all tokens of the tile; lane t ends with that of token t.
+// A warp's sum over every `stride`-th entry of a row from `first` on, which differs by lane, for all tokens of
+// the tile; lane t ends with that of token t.
 template <int TOGETHER>
 static __device__ float long_row(const sparse_view & w, const row_part & part, const float * value,
-                                 const float * const * in, int lane) {
+                                 const float * const * in, int lane, int first, int stride) {
     float sum[TOGETHER] = {};
-    for (int32_t e = part.first + lane; e < part.end; e += LANES) {
+    for (int32_t e = part.first + first; e < part.end; e += stride) {
         const float   factor = value[e];
         const int32_t column = w.place[e];
 #pragma unroll
@@ -172,10 +179,11 @@ static __device__ float long_row(const sparse_view & w, const row_part & part, c
 template <int GROUPS>
 static __global__ void apply_kernel(sparse_view w, const float * values, int32_t first_branch,
                                     int32_t n_branches, const column_tile * tiles, columns x, columns y) {
-    constexpr int TOGETHER = 4 * GROUPS, WARPS = THREADS / LANES;
+    constexpr int TOGETHER = 4 * GROUPS;
     ZO_DYNAMIC_SHARED(tokens4, staged);  // [GROUPS][places of the chunk]
     __shared__ const float * in[TOGETHER];
     __shared__ float *       out[TOGETHER];
+    __shared__ float         by_warp[WARPS][TOGETHER];
 
     const column_tile tile = tiles[blockIdx.x];
     const int32_t     line = tile.branch - first_branch;
@@ -191,15 +199,34 @@ static __global__ void apply_kernel(sparse_view w, const float * values, int32_t
     }
     __syncthreads();
     const float * const value = values + (int64_t) line * w.nnz;
-    for (int i = share * WARPS + thread / LANES; i < w.n_long; i += n_shares * WARPS) {
+    for (int i = share; i < w.n_huge; i += n_shares) {
         const row_part part = w.parts[i];
-        const float    sum  = long_row<TOGETHER>(w, part, value, in, lane);
+        const float    sum  = long_row<TOGETHER>(w, part, value, in, lane, thread, THREADS);
+        if (lane < TOGETHER) {
+            by_warp[thread / LANES][lane] = sum;
+        }
+        __syncthreads();
+        if (thread < tile.n) {
+            float total = 0;
+            for (int warp = 0; warp < WARPS; ++warp) {
+                total += by_warp[warp][thread];
+            }
+            out[thread][part.row] += total;
+        }
+        __syncthreads();  // it is read
+    }
+    for (int i = w.n_huge + share * WARPS + thread / LANES; i < w.n_long; i += n_shares * WARPS) {
+        const row_part part = w.parts[i];
+        const float    sum  = long_row<TOGETHER>(w, part, value, in, lane, lane, LANES);
         if (lane < tile.n) {
             out[lane][part.row] += sum;
         }
     }
     for (int c = 0; c < w.n_chunks; ++c) {
         const column_chunk chunk = w.chunks[c];
+        if (share * THREADS >= chunk.n_parts) {
+            continue;
+        }
         __syncthreads();  // nobody reads the last chunk any more
         for (int p = thread; p < chunk.n_places; p += THREADS) {
             const int32_t column = w.used[chunk.first_place + p];
@@ -258,6 +285,7 @@ sparse_on_gpu::sparse_on_gpu(const sparse_weight & weight, const gpu_queue & que
     place.upload(layout.place.data(), layout.place.size(), queue.stream);
     parts.upload(layout.parts.data(), layout.parts.size(), queue.stream);
     chunks.upload(layout.chunks.data(), layout.chunks.size(), queue.stream);
+    n_huge     = layout.n_huge;
     n_long     = layout.n_long;
     n_chunks   = (int) layout.chunks.size();
     n_together = layout.n_together;
@@ -291,10 +319,13 @@ void sparse_on_gpu::apply(const gpu_queue & queue, const float * values, int32_t
     // added by different blocks.
     int64_t n_shares = 1;
     if (n_chunks <= 1) {
-        const int64_t most = ((int64_t) parts.size() + THREADS - 1) / THREADS;
-        n_shares           = std::max<int64_t>(1, std::min(8 * queue.n_multiprocessors / n_tiles, most));
+        const int64_t n_short = (int64_t) parts.size() - n_long;
+        const int64_t most    = std::max<int64_t>({ n_huge, (n_long - n_huge + WARPS - 1) / WARPS,
+                                                    (n_short + THREADS - 1) / THREADS });
+        n_shares              = std::max<int64_t>(1, std::min(8 * queue.n_multiprocessors / n_tiles, most));
     }
-    const sparse_view view{ used.data(), place.data(), parts.data(), chunks.data(), n_long, n_chunks, nnz };
+    const sparse_view view{ used.data(), place.data(), parts.data(), chunks.data(),
+                            n_huge,      n_long,       n_chunks,     nnz };
     const dim3        grid((unsigned) n_tiles, (unsigned) n_shares);
     const auto        kernel = n_together == 16  ? apply_kernel<4>
                                : n_together == 8 ? apply_kernel<2>
