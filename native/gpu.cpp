@@ -68,6 +68,14 @@ int32_t zo_gpu_count(void) {
 #endif
 }
 
+int64_t zo_gpu_launches(void) {
+#ifdef ZO_GPU
+    return zo::count_launches();
+#else
+    return 0;
+#endif
+}
+
 const char * zo_gpu_kernels(void) {
 #ifdef ZO_GPU
     return ZO_GPU_BUFFERS;

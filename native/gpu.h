@@ -93,6 +93,7 @@ private:
 int                  gpu_holding(const void * data);
 std::unique_ptr<gpu> make_gpu(int device);
 int                  count_gpus();
+int64_t              count_launches();
 #endif
 
 }  // namespace zo

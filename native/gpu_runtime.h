@@ -4,12 +4,17 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+namespace zo {
+inline std::atomic<int64_t> n_launches{ 0 };  // of kernels, on all devices: tests ask whether any ran
+}
 
 #if defined(ZO_GPU_STAND_IN)
 #include "gpu_stand_in.h"
@@ -70,6 +75,7 @@ inline void check(cudaError_t status, const char * what) {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int n_threads, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
+    n_launches += 1;
     kernel<<<grid, (unsigned) n_threads, shared_bytes, stream>>>(arguments...);
     check(cudaGetLastError(), "a kernel");
 }
@@ -145,21 +151,23 @@ private:
     size_t size_ = 0;
 };
 
-// A small array that is copied to the device whenever it changed.
+// A small array that is copied to the device whenever it changed; not before the last copy is finished.
 template <typename T>
 class mirror {
 public:
     const T * follow(const std::vector<T> & now, cudaStream_t stream) {
         const size_t n_bytes = now.size() * sizeof(T);
-        if (now.size() != host_.size() || std::memcmp(now.data(), host_.data(), n_bytes) != 0) {
-            host_.clear();  // so that a failure is no success the next time
-            device_.upload(now.data(), now.size(), stream);
-            host_ = now;
+        if (!there_ || now.size() != host_.size() || std::memcmp(now.data(), host_.data(), n_bytes) != 0) {
+            there_ = false;
+            host_  = now;  // the copy may still be under way when `now` is gone
+            device_.upload(host_.data(), host_.size(), stream);
+            there_ = true;
         }
         return device_.data();
     }
 
 private:
+    bool            there_ = false;
     std::vector<T>  host_;
     device_array<T> device_;
 };

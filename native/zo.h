@@ -79,6 +79,9 @@ ZO_API const char * zo_engine_version(void);
 ZO_API const char * zo_gpu_kernels(void);
 ZO_API int32_t      zo_gpu_count(void);
 
+// Kernels that libzo has queued so far, on all devices.
+ZO_API int64_t zo_gpu_launches(void);
+
 // Builds a small graph with the loaded engine and reads it back through the structs this library was
 // compiled with. Anything but ZO_OK means that installing a hook would read garbage.
 ZO_API zo_status zo_check_engine(void);

@@ -64,8 +64,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def need_gpu() -> None:
-    """Skip a test, aloud, where libzo can use no GPU."""
+    """Skip a test, aloud, where libzo can use no GPU; fail it if ZO_NEED_GPU says there is one."""
     if native_library().functions.zo_gpu_count() == 0:
+        if os.environ.get("ZO_NEED_GPU"):
+            pytest.fail("libzo sees no GPU that it has kernels for")
         pytest.skip("needs a CUDA device: python3 tools/dev.py gpu runs it on a machine with one")
 
 

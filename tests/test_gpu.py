@@ -44,19 +44,23 @@ Losses = Callable[..., np.ndarray]
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.cuda)])
 def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Losses:
     """Losses with the kernels of a GPU; counts as failed where those were not used."""
+
+    def counted(*given: Any, **options: Any) -> np.ndarray:
+        before = native_library().functions.zo_gpu_launches()
+        found = losses(*given, **options)
+        assert native_library().functions.zo_gpu_launches() > before
+        return found
+
     if request.param == "cuda":
         need_gpu()
-        return lambda *given, **options: losses(*given, **options, n_gpu_layers=-1)
+        return lambda *given, **options: counted(*given, **options, n_gpu_layers=-1)
     library = stand_in_gpu.build(CACHE)
 
     def on_stand_in(*given: Any, **options: Any) -> np.ndarray:
         with monkeypatch.context() as patch:
             patch.setattr(native, "_find_library", lambda: library)
             native.load.cache_clear()
-            launches = ctypes.CDLL(str(library)).zo_stand_in_launches
-            before = launches()
-            found = losses(*given, **options)
-            assert launches() > before
+            found = counted(*given, **options)
         native.load.cache_clear()
         return found
 
@@ -161,6 +165,22 @@ def test_branches_in_turns(on_gpu: Losses, tmp_path: Path, request: pytest.Fixtu
     probes = [Probe(seed, 0.01) for seed in range(n_probes)]
     gpu = on_gpu(base, path, probes, probes_per_decode=n_probes)
     agree(gpu, losses(base, path, probes), exact=False)
+
+
+@pytest.mark.cuda
+def test_large_products_of_layers_on_the_cpu(tmp_path: Path) -> None:
+    """llama.cpp lends their weights to the GPU, under other names."""
+    need_gpu()
+    for method in METHODS:
+        given, delta, theta = prepare(tmp_path, method, "F32")
+        launches = native_library().functions.zo_gpu_launches
+        with Engine(given.model, mask=delta, n_threads=1, path="hook") as engine:
+            engine.parameters.write(theta, 4)
+            rows, before = list(ROWS) * 8, launches()  # 64 tokens; from 32 on they move
+            moved, after = engine.losses(rows, PROBES), launches()
+            here = np.hstack([engine.losses([row], PROBES) for row in rows])
+            assert launches() == after > before, method
+        agree(moved, here, exact=False)
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])

@@ -10,7 +10,7 @@ import pytest
 
 from zo_gguf import native
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import Store
+from zo_gguf.handles import NORMAL, RADEMACHER, Store
 from zo_gguf.llama import native_library
 from zo_gguf.native import ON_CPU, Branch, pointer
 
@@ -112,6 +112,25 @@ def test_overlay_on_wide_matrices(n_rows: int, n_cols: int, density: float, devi
     products = theta.astype(np.float64) * x[:, indices % n_cols]
     np.add.at(expected, (slice(None), indices // n_cols), products)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.sqrt(n_cols))
+
+
+@pytest.mark.parametrize("kind", [NORMAL, RADEMACHER])
+def test_overlay_has_the_bits_of_the_noise(kind: int, device: int) -> None:
+    """Through the identity, an entry at a time, 0 + 1 * z: not even the last bit may differ."""
+    n_rows, n_cols = 70, 50
+    indices = np.arange(3, n_rows * n_cols, 2)
+    store = Store(native_library(), 1, kind)
+    store.add("w", (n_rows, n_cols), indices, np.zeros(indices.size, np.float32))
+    x, y = np.eye(n_cols, dtype=np.float32), np.zeros((n_cols, n_rows), np.float32)
+    for signs in (0, 9):
+        y[:] = 0
+        native_library().call(
+            "zo_store_apply", store.handle, b"w", Branch(2**40 + 7, signs, 1.0), len(x),
+            pointer(x, c_float), n_cols, pointer(y, c_float), n_rows, device,
+        )  # fmt: skip
+        z = store.noise(2**40 + 7, signs)
+        assert np.array_equal(y.T.ravel()[indices].view(np.uint32), z.view(np.uint32))
+    store.free()
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 15, 16, 17, 70])

@@ -167,7 +167,11 @@ def run(case: Case) -> dict[str, Any]:
             (tiny / "done").touch()
     elif case.script == "bench_gpu_jobs.py" and not os.path.exists(job["model"]):
         write_model(Path(job["model"]), Shape(**job["shape"]), job["quant"], 1 << 16)
-    return run_job(case.script, job, case.cuda_graphs)
+    result = run_job(case.script, job, case.cuda_graphs)
+    if case.stage == "torch" and job["device"] == "cuda" and "error" not in result:
+        watched = run_job(case.script, job | {"rounds": 1, "watched": True})
+        result |= {key: watched[key] for key in ("memory", "memory_by") if key in watched}
+    return result
 
 
 def parse() -> argparse.Namespace:

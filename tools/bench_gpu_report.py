@@ -144,7 +144,7 @@ def _step(cases: Entries) -> Iterator[list[str]]:
 
 def _batch(cases: Entries) -> Iterator[list[str]]:
     header = ["model", "KV cache", "examples", "tokens", "one decode, ms", "two decodes, ms"]
-    header += ["planner's choice", "within 5 % of the best", "GiB"]
+    header += ["planner's choice", "within 5 % of the best"]
     yield header
     for key, job, result in _of(cases, "batch"):
         _, size, quant, layout, _ = key.split()
@@ -152,14 +152,13 @@ def _batch(cases: Entries) -> Iterator[list[str]]:
         if "error" in result:
             yield _failed(first, result, len(header))
             continue
-        seconds, held = result["seconds"], bytes_held(job, result)
+        seconds = result["seconds"]
         yield [
             *first,
             f"{1e3 * seconds['2']:.1f}" if "2" in seconds else "does not fit",
             f"{1e3 * seconds['1']:.1f}",
             f"{'one decode' if result['chosen'] == 2 else 'two decodes'}",
             "yes" if result["within"] else "NO",
-            f"{held[0] / _GIB:.2f}" if held else "",
         ]
 
 

@@ -142,7 +142,9 @@ def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict
 
     Args:
         script: File in this folder.
-        job: Its one argument; "device" is cuda or cpu.
+        job: Its one argument; "device" is cuda or cpu. A GPU is watched for the job "memory", or
+            where "watched" is true: asking for the memory takes time on it, so not where steps are
+            timed.
         cuda_graphs: Whether llama.cpp may use CUDA graphs: a callback cuts a decode into hundreds
             of pieces, and each would be recorded as a graph of its own.
     """
@@ -150,8 +152,10 @@ def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict
     # CUDA's numbers are to be nvidia-smi's.
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES=first_gpu(), CUDA_DEVICE_ORDER="PCI_BUS_ID")
     environment["GGML_CUDA_DISABLE_GRAPHS"] = "0" if cuda_graphs else "1"  # see zo_gguf.llama
-    # Asking for the memory takes time on the GPU: not beside a step that is timed.
-    with watching(job["device"] == "cuda" and job.get("job") != "step") as watch:
+    # Layers left on the CPU stay there: else its losses, too, would be the GPU's.
+    environment["GGML_OP_OFFLOAD_MIN_BATCH"] = str(1 << 30)
+    watched = job.get("job") == "memory" or job.get("watched", False)
+    with watching(job["device"] == "cuda" and watched) as watch:
         started = time.monotonic()
         with subprocess.Popen(
             command,

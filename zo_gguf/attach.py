@@ -14,7 +14,7 @@ from zo_gguf.entries import open_entries
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import Hook
-from zo_gguf.llama import native_library, quiet_engine
+from zo_gguf.llama import choose_cuda_graphs, native_library, quiet_engine
 from zo_gguf.parameters import AT_THETA, Parameters
 
 _ATTRIBUTE = "_zo_gguf_attachment"
@@ -49,6 +49,7 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
         ZoError: The delta belongs to another GGUF, or its weights cannot be hooked.
     """
     detach(llama)
+    choose_cuda_graphs()
     delta = delta if isinstance(delta, Delta) else Delta.load(delta)
     gguf = GgufFile(llama.model_path)
     open_entries(delta, gguf)

@@ -68,8 +68,7 @@ def load_model(
     Raises:
         ZoError: llama.cpp refuses the file; the sentence ends with its reason.
     """
-    if n_gpu_layers != 0:
-        _choose_cuda_graphs()
+    choose_cuda_graphs()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     if writable:
@@ -90,10 +89,11 @@ def load_model(
     return model
 
 
-def _choose_cuda_graphs() -> None:
+def choose_cuda_graphs() -> None:
     """No CUDA graphs, unless GGML_CUDA_DISABLE_GRAPHS is 0.
 
-    A hooked graph runs in hundreds of pieces; to capture each of them costs more than it saves.
+    A hooked graph runs in hundreds of pieces; to capture each of them costs more than it saves. A
+    GPU also does large products of layers that were left on the CPU.
     """
     name = "GGML_CUDA_DISABLE_GRAPHS"
     if os.environ.get(name) == "0":

@@ -74,6 +74,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_engine_version": (c_char_p, ()),
     "zo_gpu_kernels": (c_char_p, ()),
     "zo_gpu_count": (c_int32, ()),
+    "zo_gpu_launches": (c_int64, ()),
     "zo_check_engine": (c_int32, ()),
     "zo_last_error": (c_char_p, ()),
     "zo_noise": (c_int32, (c_int32, c_uint64, c_uint32, c_int64, c_int64, FLOATS)),
