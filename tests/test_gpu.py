@@ -137,14 +137,20 @@ def test_values_in_place_are_the_bits_of_the_cpu(
 @pytest.mark.parametrize("shared", [2048, 8192, 65536])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_entries_in_chunks_and_long_rows(
-    rank: int | None, shared: int, on_gpu: Losses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int | None,
+    shared: int,
+    on_gpu: Losses,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setenv("ZO_STAND_IN_SHARED", str(shared))  # bytes: fewer columns at a time
     path = write_llama(tmp_path / "m.gguf", Type.F32)
     delta = random_delta(GgufFile(path), rank=rank, share=0.2 if rank is None else 1.0, scale=0.05)
     cpu = losses(delta, path)
     agree(on_gpu(delta, path), cpu, exact=False)
-    assert np.median(np.abs(on_gpu(delta, path) - cpu)) < 1e-3
+    bound = 1e-3 if "stand-in" in request.node.name else 5e-3  # a GPU multiplies F32 as TF32
+    assert np.median(np.abs(on_gpu(delta, path) - cpu)) < bound
 
 
 def test_signs_per_example(on_gpu: Losses, tmp_path: Path) -> None:
