@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from zo_gguf.batch import build_request, lay_out, pack, reduce_losses
+from zo_gguf.batch import build_request, lay_out, reduce_losses
 from zo_gguf.dataset import Example
 from zo_gguf.errors import ZoError
 from zo_gguf.probe import Scores
+from zo_gguf.sequences import pack
 
 
 def choice_row(prompt: list[int], choices: list[list[int]], answer: int) -> Example:

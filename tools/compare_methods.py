@@ -28,6 +28,7 @@ from compare_plot import Report
 from compare_runs import Failed, Task, call, compare, evaluate
 
 from zo_gguf.batch import build_request
+from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import load_examples, resolve_split
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
@@ -43,7 +44,8 @@ def row_tokens(model: Path, data: Path) -> float:
     """Mean forward tokens of a training row, over all rows that steps draw from."""
     with Engine(model, n_threads=1) as engine:
         rows = load_examples(data, engine, split="train")
-    return sum(sequence.tokens.size for sequence in build_request(rows).sequences) / len(rows)
+    sequences = build_request(rows, TuneConfig.ctx_tokens).sequences
+    return sum(sequence.tokens.size for sequence in sequences) / len(rows)
 
 
 def measure_base(task: Task, quant: str) -> dict[str, Any]:

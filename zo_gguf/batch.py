@@ -1,10 +1,9 @@
 """Examples -> sequences -> decodes: what has to go through the model to get the losses.
 
-Pure bookkeeping on token ids. A choice row becomes as few sequences as its choices allow: choices
-that share their input, such as one-token choices, are scored from one forward pass of the prompt.
+Pure bookkeeping on token ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,30 +11,7 @@ from numpy.typing import NDArray
 
 from zo_gguf.dataset import Example
 from zo_gguf.errors import ZoError
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """Tokens that see only each other, and the predictions wanted from them.
-
-    Attributes:
-        tokens: int32 (n,), cut after the last position that predicts anything.
-        positions: int32 (n_targets,) ascending; position p predicts the token after it.
-        targets: int32 (n_targets,) the token ids predicted.
-        slots: int64 (n_targets,) where each result goes in the flat list of all targets.
-        example: Number of the example that it belongs to.
-    """
-
-    tokens: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    slots: NDArray[np.int64]
-    example: int = 0
-
-    @property
-    def n_outputs(self) -> int:
-        """Number of distinct positions whose logits are needed."""
-        return int(np.unique(self.positions).size)
+from zo_gguf.sequences import TokenSequence, merge_prefixes, share_prompt
 
 
 @dataclass(frozen=True)
@@ -59,8 +35,13 @@ class Request:
     targets: list[NDArray[np.float64]]
 
 
-def build_request(examples: Sequence[Example]) -> Request:
+def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
     """Plan the forward passes of some examples.
+
+    Args:
+        examples: Rows.
+        max_tokens: Where one decode of so many tokens holds them, the choices of a row share the
+            tokens that they begin with. 0: only whole inputs are shared, as a split KV cache needs.
 
     Raises:
         ZoError: An example has no counted token.
@@ -86,7 +67,8 @@ def build_request(examples: Sequence[Example]) -> Request:
         for _, counted in completions:
             spans.append((n_targets, n_targets + len(counted)))
             n_targets += len(counted)
-        sequences.extend(_share_prefixes(completions, spans, number))
+        own = merge_prefixes(completions, spans, number)
+        sequences.extend(share_prompt(own, max_tokens) if max_tokens else own)
         all_spans.append(spans)
         answers.append(example.answer if example.choices else -1)
         targets.append(_target(example))
@@ -103,69 +85,14 @@ def _target(example: Example) -> NDArray[np.float64]:
     return target
 
 
-def _share_prefixes(
-    completions: list[tuple[list[int], list[int]]], spans: list[tuple[int, int]], example: int
-) -> list[TokenSequence]:
-    """Sequences for one example; an input that begins another one needs none of its own."""
-    groups: list[tuple[list[int], list[tuple[int, int, int]]]] = []
-    inputs = [(tokens[: counted[-1]], k) for k, (tokens, counted) in enumerate(completions)]
-    for tokens, k in sorted(inputs, key=lambda item: -len(item[0])):
-        full, counted = completions[k]
-        targets = [(i - 1, full[i], spans[k][0] + n) for n, i in enumerate(counted)]
-        for longer, found in groups:
-            if longer[: len(tokens)] == tokens:
-                found.extend(targets)
-                break
-        else:
-            groups.append((tokens, targets))
-    sequences = []
-    for tokens, found in groups:
-        found.sort()
-        positions, targets_, slots = zip(*found, strict=True)
-        sequences.append(
-            TokenSequence(
-                np.array(tokens, np.int32),
-                np.array(positions, np.int32),
-                np.array(targets_, np.int32),
-                np.array(slots, np.int64),
-                example,
-            )
-        )
-    return sequences
-
-
-def pack(
-    sequences: Sequence[TokenSequence], max_tokens: int, max_sequences: int
-) -> Iterator[list[TokenSequence]]:
-    """Cut sequences into decodes of at most `max_tokens` tokens, in order.
-
-    Raises:
-        ZoError: A single sequence is longer than a decode.
-    """
-    group: list[TokenSequence] = []
-    n_tokens = 0
-    for sequence in sequences:
-        length = sequence.tokens.size
-        if length > max_tokens:
-            raise ZoError(
-                f"An example needs {length} tokens but a decode holds {max_tokens}; raise "
-                "--ctx-tokens or lower --max-seq-length."
-            )
-        if group and (n_tokens + length > max_tokens or len(group) == max_sequences):
-            yield group
-            group, n_tokens = [], 0
-        group.append(sequence)
-        n_tokens += length
-    if group:
-        yield group
-
-
 @dataclass(frozen=True)
 class DecodeBatch:
     """One llama_decode: token columns and what is asked of them.
 
     Attributes:
-        tokens, positions, sequence_ids, is_output: (n_tokens,) each.
+        tokens, positions, is_output: (n_tokens,) each.
+        sequence_ids: int32 (n_tokens,) the first sequence that a token belongs to.
+        sequence_counts: int32 (n_tokens,) and to how many, numbered from there on.
         token_branch: int32 (n_tokens,) branch of each token.
         output_branch: int32 (n_outputs,) branch of each output column.
         target_output, target_token: int32 (n_targets,) sorted by output column.
@@ -176,6 +103,7 @@ class DecodeBatch:
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     sequence_ids: NDArray[np.int32]
+    sequence_counts: NDArray[np.int32]
     is_output: NDArray[np.bool_]
     token_branch: NDArray[np.int32]
     output_branch: NDArray[np.int32]
@@ -195,6 +123,7 @@ def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> De
         n_branches: How often they are repeated, one branch each.
         padded: Fill every sequence up to the longest one on the right, as the split KV layout
             needs (the engine would otherwise cut the decode); causal attention hides the filling.
+            None may have tails.
     """
     lengths = [sequence.tokens.size for sequence in group]
     longest = max(lengths)
@@ -204,14 +133,22 @@ def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> De
     tokens = np.zeros(n, np.int32)
     positions = np.zeros(n, np.int32)
     ids = np.zeros(n, np.int32)
+    counts = np.ones(n, np.int32)
     is_output = np.zeros(n, np.bool_)
     column = []  # of each target
+    n_sequences = 0
     for i, (sequence, start, width) in enumerate(zip(group, starts, widths, strict=True)):
         end = int(start) + width
         tokens[start:end] = sequence.tokens[0]
         tokens[start : start + lengths[i]] = sequence.tokens
-        positions[start:end] = np.arange(width)
-        ids[start:end] = i
+        if sequence.tails:
+            place = slice(start, end)
+            positions[place], ids[place], counts[place] = sequence.places()
+            ids[place] += n_sequences
+        else:
+            positions[start:end] = np.arange(width)
+            ids[start:end] = n_sequences
+        n_sequences += sequence.n_sequences
         is_output[start + sequence.positions] = True
         column.append(start + sequence.positions)
     output_of_column = np.cumsum(is_output) - 1
@@ -223,7 +160,8 @@ def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> De
     return DecodeBatch(
         tokens=np.tile(tokens, n_branches),
         positions=np.tile(positions, n_branches),
-        sequence_ids=(ids + len(group) * branch[:, None]).ravel().astype(np.int32),
+        sequence_ids=(ids + n_sequences * branch[:, None]).ravel().astype(np.int32),
+        sequence_counts=np.tile(counts, n_branches),
         is_output=np.tile(is_output, n_branches),
         token_branch=np.repeat(branch, n),
         output_branch=np.repeat(branch, n_outputs),
@@ -231,7 +169,7 @@ def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> De
         target_token=np.tile(targets, n_branches),
         slots=np.tile(slots, n_branches),
         target_branch=np.repeat(branch, targets.size),
-        n_sequences=len(group) * n_branches,
+        n_sequences=n_sequences * n_branches,
         max_length=longest,
     )
 
@@ -250,7 +188,10 @@ def branch_per_example(
     """
     present = list(dict.fromkeys(sequence.example for sequence in group))
     branch_of = {example: branch for branch, example in enumerate(present)}
-    of_sequence = np.array([branch_of[sequence.example] for sequence in group], np.int32)
+    of_sequence = np.repeat(
+        np.array([branch_of[sequence.example] for sequence in group], np.int32),
+        [sequence.n_sequences for sequence in group],
+    )
     token_branch = of_sequence[batch.sequence_ids]
     output_branch = token_branch[batch.is_output]
     return (

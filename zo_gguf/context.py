@@ -14,8 +14,8 @@ from zo_gguf.errors import ZoError
 from zo_gguf.handles import Hook, Tensors
 from zo_gguf.llama import engine_batch, quiet_engine, use_adapter
 from zo_gguf.native import ON_CPU, Library, pointer
+from zo_gguf.sequences import MAX_SEQUENCES
 
-MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
 
 

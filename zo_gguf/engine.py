@@ -15,14 +15,13 @@ from zo_gguf.adapter import AdapterParameters, EnginePath, choose_path
 from zo_gguf.backends import kernels_run, repacking_pays
 from zo_gguf.batch import (
     DecodeBatch,
-    TokenSequence,
+    Request,
     branch_per_example,
     build_request,
     lay_out,
-    pack,
     reduce_losses,
 )
-from zo_gguf.context import MAX_SEQUENCES, Context
+from zo_gguf.context import Context
 from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
 from zo_gguf.entries import open_entries
@@ -36,6 +35,7 @@ from zo_gguf.parameters import Parameters
 from zo_gguf.probe import AT_THETA, Matrix, Probes
 from zo_gguf.probe import Probe as Probe
 from zo_gguf.probe import Scores as Scores
+from zo_gguf.sequences import pack, repetitions
 
 Vector = NDArray[np.float64]
 
@@ -205,12 +205,13 @@ class Engine(Vocabulary):
 
     def score(self, examples: Sequence[Example], probes: Probes = AT_THETA) -> Scores:
         """Losses and correctness of every example at every probe; see `losses`."""
-        request = build_request(examples)
+        request = self._request(examples)
         nll = np.full((len(probes), request.n_targets), np.nan)
         n_tokens = 0
         shared = all(isinstance(probe, Probe) for probe in probes)
-        for group in pack(request.sequences, self.ctx_tokens, MAX_SEQUENCES):
-            width = min(self.probes_per_decode, self._fitting(group)) if shared else 1
+        for group in pack(request.sequences, self.ctx_tokens):
+            most = repetitions(group, self.ctx_tokens, self._padded)
+            width = min(self.probes_per_decode, most) if shared else 1
             for first in range(0, len(probes), width):
                 together = probes[first : first + width]
                 batch = lay_out(group, len(together), self._padded)
@@ -228,15 +229,13 @@ class Engine(Vocabulary):
 
     def widest(self, examples: Sequence[Example]) -> int:
         """How many probes fit into one decode with all of the examples; 1 if not even one does."""
-        sequences = build_request(examples).sequences
-        (first, *others) = pack(sequences, self.ctx_tokens, MAX_SEQUENCES)
-        return 1 if others or self.parameters.one_probe_per_decode else self._fitting(first)
+        (first, *others) = pack(self._request(examples).sequences, self.ctx_tokens)
+        if others or self.parameters.one_probe_per_decode:
+            return 1
+        return repetitions(first, self.ctx_tokens, self._padded)
 
-    def _fitting(self, group: Sequence[TokenSequence]) -> int:
-        """How often the sequences of a decode can be repeated in it, once per probe."""
-        lengths = [sequence.tokens.size for sequence in group]
-        n_tokens = len(lengths) * max(lengths) if self._padded else sum(lengths)
-        return max(1, min(self.ctx_tokens // n_tokens, MAX_SEQUENCES // len(group)))
+    def _request(self, examples: Sequence[Example]) -> Request:
+        return build_request(examples, 0 if self._padded else self.ctx_tokens)
 
     def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> Vector:
         assert self._context is not None
@@ -266,7 +265,7 @@ class Engine(Vocabulary):
         """Run one token, so that it is known where the tensors lie that are rewritten."""
         assert self._context is not None
         first = Example([max(self.bos_id, 0)] * 2, [False, True])
-        batch = lay_out(build_request([first]).sequences, 1, self._padded)
+        batch = lay_out(self._request([first]).sequences, 1, self._padded)
         self._context.make_room(batch)
         if self._hook is not None:
             self._hook.begin_any()

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from zo_gguf.batch import TokenSequence, lay_out
+from zo_gguf.batch import lay_out
 from zo_gguf.errors import ZoError
 from zo_gguf.llama import engine_batch, quiet_engine
+from zo_gguf.sequences import TokenSequence
 
 _TOKENS = 256  # of a decode: llama.cpp makes the logits of each as well, which take memory
 _SEQUENCES = 64

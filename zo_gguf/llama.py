@@ -127,9 +127,9 @@ def engine_batch(batch: DecodeBatch) -> Iterator[Any]:
     """A llama_batch over the arrays of `batch`, valid inside the with block."""
     n = batch.tokens.size
     positions = np.ascontiguousarray(batch.positions)
-    ids = np.ascontiguousarray(batch.sequence_ids)
-    n_ids = np.ones(n, np.int32)
-    id_pointers = ids.ctypes.data + ids.itemsize * np.arange(n, dtype=np.uintp)
+    ids = np.arange(batch.n_sequences, dtype=np.int32)
+    n_ids = np.ascontiguousarray(batch.sequence_counts)
+    id_pointers = ids.ctypes.data + ids.itemsize * batch.sequence_ids.astype(np.uintp)
     flags = batch.is_output.astype(np.int8)
     native = llama_cpp.llama_batch()
     native.n_tokens = n
