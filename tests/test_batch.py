@@ -114,10 +114,10 @@ def test_layout_columns(padded: bool) -> None:
 
 def test_pack_keeps_order_and_limits() -> None:
     rows = [Example([1] * n, [False] * (n - 1) + [True]) for n in (5, 4, 6, 3, 9)]
-    groups = list(pack(build_request(rows).sequences, 8, 2))
+    groups = list(pack(build_request(rows).sequences, 8, max_sequences=2))
     assert [[s.tokens.size for s in g] for g in groups] == [[4, 3], [5, 2], [8]]
     with pytest.raises(ZoError, match="--ctx-tokens"):
-        list(pack(build_request(rows).sequences, 7, 2))
+        list(pack(build_request(rows).sequences, 7, max_sequences=2))
 
 
 def test_nothing_to_predict_is_an_error() -> None:

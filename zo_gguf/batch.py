@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zo_gguf.dataset import Example
 from zo_gguf.errors import ZoError
-from zo_gguf.sequences import TokenSequence, merge_prefixes, share_prompt
+from zo_gguf.sequences import TokenSequence, count_shared, merge_prefixes, share_prompt
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Request:
         answers: For each example the index of the right choice, -1 where it has no choices.
         targets: For each example the probabilities of its choices that are aimed at, float64
             (n_choices,), (0,) where it has none.
+        n_shared: With so many tokens all sequences begin, if rows are to share them.
     """
 
     sequences: list[TokenSequence]
@@ -33,6 +34,7 @@ class Request:
     spans: list[list[tuple[int, int]]]
     answers: list[int]
     targets: list[NDArray[np.float64]]
+    n_shared: int = 0
 
 
 def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
@@ -41,7 +43,8 @@ def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
     Args:
         examples: Rows.
         max_tokens: Where one decode of so many tokens holds them, the choices of a row share the
-            tokens that they begin with. 0: only whole inputs are shared, as a split KV cache needs.
+            tokens that they begin with, and so may rows. 0: only whole inputs are shared, as a
+            split KV cache needs.
 
     Raises:
         ZoError: An example has no counted token.
@@ -72,7 +75,8 @@ def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
         all_spans.append(spans)
         answers.append(example.answer if example.choices else -1)
         targets.append(_target(example))
-    return Request(sequences, n_targets, all_spans, answers, targets)
+    n_shared = count_shared(sequences) if max_tokens and sequences else 0
+    return Request(sequences, n_targets, all_spans, answers, targets, n_shared)
 
 
 def _target(example: Example) -> NDArray[np.float64]:
@@ -115,7 +119,9 @@ class DecodeBatch:
     max_length: int
 
 
-def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> DecodeBatch:
+def lay_out(
+    group: Sequence[TokenSequence], n_branches: int, padded: bool, n_shared: int = 0
+) -> DecodeBatch:
     """Lay sequences out as the columns of one decode, all of branch 0 first, then branch 1, ...
 
     Args:
@@ -124,38 +130,43 @@ def lay_out(group: Sequence[TokenSequence], n_branches: int, padded: bool) -> De
         padded: Fill every sequence up to the longest one on the right, as the split KV layout
             needs (the engine would otherwise cut the decode); causal attention hides the filling.
             None may have tails.
+        n_shared: With so many equal tokens all begin: a branch has them once.
     """
-    lengths = [sequence.tokens.size for sequence in group]
+    lengths = [sequence.tokens.size - n_shared for sequence in group]
     longest = max(lengths)
     widths = [longest] * len(group) if padded else lengths
-    starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
-    n = int(sum(widths))  # columns of one branch
+    starts = n_shared + np.concatenate([[0], np.cumsum(widths)[:-1]])
+    n = n_shared + int(sum(widths))  # columns of one branch
     tokens = np.zeros(n, np.int32)
     positions = np.zeros(n, np.int32)
     ids = np.zeros(n, np.int32)
     counts = np.ones(n, np.int32)
     is_output = np.zeros(n, np.bool_)
     column = []  # of each target
-    n_sequences = 0
+    n_sequences = sum(sequence.n_sequences for sequence in group)
+    tokens[:n_shared] = group[0].tokens[:n_shared]
+    positions[:n_shared] = np.arange(n_shared)
+    counts[:n_shared] = n_sequences
+    number = 0  # of the next sequence
     for i, (sequence, start, width) in enumerate(zip(group, starts, widths, strict=True)):
         end = int(start) + width
         tokens[start:end] = sequence.tokens[0]
-        tokens[start : start + lengths[i]] = sequence.tokens
+        tokens[start : start + lengths[i]] = sequence.tokens[n_shared:]
+        positions[start:end] = np.arange(n_shared, n_shared + width)
         if sequence.tails:
             place = slice(start, end)
-            positions[place], ids[place], counts[place] = sequence.places()
-            ids[place] += n_sequences
-        else:
-            positions[start:end] = np.arange(width)
-            ids[start:end] = n_sequences
-        n_sequences += sequence.n_sequences
-        is_output[start + sequence.positions] = True
-        column.append(start + sequence.positions)
+            positions[place], ids[place], counts[place] = sequence.places()[:, n_shared:]
+        ids[start:end] += number
+        number += sequence.n_sequences
+        own = sequence.positions >= n_shared
+        column.append(np.where(own, start - n_shared, 0) + sequence.positions)
+        is_output[column[-1]] = True
+    in_order = np.argsort(np.concatenate(column), kind="stable")
     output_of_column = np.cumsum(is_output) - 1
     n_outputs = int(is_output.sum())
-    target_output = output_of_column[np.concatenate(column)]
-    targets = np.concatenate([sequence.targets for sequence in group])
-    slots = np.concatenate([sequence.slots for sequence in group])
+    target_output = output_of_column[np.concatenate(column)[in_order]]
+    targets = np.concatenate([sequence.targets for sequence in group])[in_order]
+    slots = np.concatenate([sequence.slots for sequence in group])[in_order]
     branch = np.arange(n_branches, dtype=np.int32)
     return DecodeBatch(
         tokens=np.tile(tokens, n_branches),

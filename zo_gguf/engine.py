@@ -50,8 +50,7 @@ class Engine(Vocabulary):
         n_threads: CPU threads; default: the physical cores this process may use.
         ctx_tokens: Tokens per decode, over all probes in it, and so the longest example.
         n_gpu_layers: As in llama.cpp.
-        probes_per_decode: How many probes share a decode, if it holds them (base weights are read
-            once for all).
+        probes_per_decode: Most probes that share a decode, which reads base weights once for all.
         kv_layout: "unified" (variable lengths side by side in one KV cache) or "split" (every
             sequence in a cache of its own, padded to equal length).
         force_staged: Take the path for device buffers even where tensors are in host memory.
@@ -209,12 +208,13 @@ class Engine(Vocabulary):
         nll = np.full((len(probes), request.n_targets), np.nan)
         n_tokens = 0
         shared = all(isinstance(probe, Probe) for probe in probes)
-        for group in pack(request.sequences, self.ctx_tokens):
-            most = repetitions(group, self.ctx_tokens, self._padded)
+        n_shared = request.n_shared if shared else 0
+        for group in pack(request.sequences, self.ctx_tokens, n_shared):
+            most = repetitions(group, self.ctx_tokens, self._padded, n_shared)
             width = min(self.probes_per_decode, most) if shared else 1
             for first in range(0, len(probes), width):
                 together = probes[first : first + width]
-                batch = lay_out(group, len(together), self._padded)
+                batch = lay_out(group, len(together), self._padded, n_shared)
                 branches = [probe for probe in together if isinstance(probe, Probe)]
                 if not shared:
                     batch, present = branch_per_example(batch, group)
@@ -229,10 +229,11 @@ class Engine(Vocabulary):
 
     def widest(self, examples: Sequence[Example]) -> int:
         """How many probes fit into one decode with all of the examples; 1 if not even one does."""
-        (first, *others) = pack(self._request(examples).sequences, self.ctx_tokens)
+        request = self._request(examples)
+        (first, *others) = pack(request.sequences, self.ctx_tokens, request.n_shared)
         if others or self.parameters.one_probe_per_decode:
             return 1
-        return repetitions(first, self.ctx_tokens, self._padded)
+        return repetitions(first, self.ctx_tokens, self._padded, request.n_shared)
 
     def _request(self, examples: Sequence[Example]) -> Request:
         return build_request(examples, 0 if self._padded else self.ctx_tokens)

@@ -105,11 +105,11 @@ def _read(context: Any, group: Sequence[Text], width: int) -> list[tuple[F32, F3
 
 def _decode(context: Any, parts: Sequence[Text], start: int, width: int) -> list[F32]:
     """The hidden states of every token of parts of texts, (n_tokens, width) each."""
-    no_targets, no_slots = np.empty(0, np.int32), np.empty(0, np.int64)
     sequences = []
     for part in parts:
-        every = np.arange(len(part), dtype=np.int32)  # position is an output
-        sequences.append(TokenSequence(np.array(part, np.int32), every, no_targets, no_slots))
+        every = np.arange(len(part), dtype=np.int32)  # position is an output, its target is ignored
+        slots = every.astype(np.int64)
+        sequences.append(TokenSequence(np.array(part, np.int32), every, every, slots))
     batch = lay_out(sequences, 1, padded=False)
     batch = replace(batch, positions=batch.positions + np.int32(start))
     with engine_batch(batch) as native_batch:

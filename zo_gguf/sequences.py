@@ -1,8 +1,9 @@
 """Sequences of tokens: what goes through the model for an example, and how many fit a decode.
 
-A row with choices becomes as few tokens as these allow. Choices that share their input, such as
-one-token choices, are scored from one forward pass of the prompt; longer ones share it too, since
-llama.cpp lets a token of a batch belong to several sequences.
+What sequences have in common goes through the model once. Choices that share their input, such as
+one-token choices, are scored from one forward pass of the prompt. Longer ones share it too, since
+llama.cpp lets a token of a batch belong to several sequences; and so do the rows of a decode that
+begin with the same instruction.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from zo_gguf.errors import ZoError
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_WORTH_SHARING = 16  # tokens: not for a BOS or a word
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,19 @@ class TokenSequence:
         """How many of llama.cpp's sequences it takes."""
         return len(self.tails) or 1
 
-    def places(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Of every token, (n,): the position in its text, its first sequence, and of how many."""
+    def places(self) -> NDArray[np.int32]:
+        """Of every token the position in its text, its first sequence, and of how many, (3, n)."""
         n_shared = self.tokens.size - sum(self.tails)
         ends = [np.arange(n_shared, n_shared + length) for length in self.tails]
         numbers = np.repeat(np.arange(len(self.tails)), self.tails)
-        shared = np.zeros(n_shared, np.int32)
-        return (
-            np.concatenate([np.arange(n_shared), *ends]).astype(np.int32),
-            np.concatenate([shared, numbers]).astype(np.int32),
-            np.concatenate([shared + len(self.tails), np.ones_like(numbers)]).astype(np.int32),
-        )
+        shared, ones = np.zeros(n_shared, np.int32), np.ones_like(numbers)
+        return np.stack(
+            [
+                np.concatenate([np.arange(n_shared), *ends]),
+                np.concatenate([shared, numbers]),
+                np.concatenate([shared + len(self.tails), ones]),
+            ]
+        ).astype(np.int32)
 
     @property
     def n_outputs(self) -> int:
@@ -102,9 +106,7 @@ def share_prompt(own: Sequence[TokenSequence], max_tokens: int) -> list[TokenSeq
 
     As many at a time as a decode of `max_tokens` tokens holds.
     """
-    shortest = min(sequence.tokens.size for sequence in own)
-    heads = np.stack([sequence.tokens[:shortest] for sequence in own])
-    n_shared = int(np.logical_and.accumulate((heads == heads[0]).all(axis=0)).sum())
+    n_shared = _n_equal(own, min(sequence.tokens.size for sequence in own))
     if len(own) == 1 or n_shared == 0:
         return list(own)
     joined: list[TokenSequence] = []
@@ -118,6 +120,21 @@ def share_prompt(own: Sequence[TokenSequence], max_tokens: int) -> list[TokenSeq
         group.append(sequence)
         n_tokens += n_tail
     return [*joined, _join(group, n_shared)]
+
+
+def count_shared(sequences: Sequence[TokenSequence]) -> int:
+    """With how many tokens all begin, if that is worth sharing among rows, else 0.
+
+    At least one token of each stays its own, and all of its tails.
+    """
+    own = min(s.tokens.size - (sum(s.tails) or 1) for s in sequences)
+    n_shared = _n_equal(sequences, own) if len(sequences) > 1 else 0
+    return n_shared if n_shared >= _WORTH_SHARING else 0
+
+
+def _n_equal(sequences: Sequence[TokenSequence], most: int) -> int:
+    heads = np.stack([sequence.tokens[:most] for sequence in sequences])
+    return int(np.logical_and.accumulate((heads == heads[0]).all(axis=0)).sum())
 
 
 def _join(group: Sequence[TokenSequence], n_shared: int) -> TokenSequence:
@@ -141,26 +158,35 @@ def _join(group: Sequence[TokenSequence], n_shared: int) -> TokenSequence:
 
 
 def pack(
-    sequences: Sequence[TokenSequence], max_tokens: int, max_sequences: int = MAX_SEQUENCES
+    sequences: Sequence[TokenSequence],
+    max_tokens: int,
+    n_shared: int = 0,
+    max_sequences: int = MAX_SEQUENCES,
 ) -> Iterator[list[TokenSequence]]:
     """Cut sequences into decodes of at most `max_tokens` tokens, in order.
+
+    Args:
+        sequences: In order.
+        max_tokens: Of a decode.
+        n_shared: With so many equal tokens all begin, which a decode has once.
+        max_sequences: Of a decode.
 
     Raises:
         ZoError: A single sequence is longer than a decode.
     """
     group: list[TokenSequence] = []
-    n_tokens = n_sequences = 0
+    n_tokens, n_sequences = n_shared, 0
     for sequence in sequences:
-        length = sequence.tokens.size
-        if length > max_tokens:
+        length = sequence.tokens.size - n_shared
+        if n_shared + length > max_tokens:
             raise ZoError(
-                f"An example needs {length} tokens but a decode holds {max_tokens}; raise "
-                "--ctx-tokens or lower --max-seq-length."
+                f"An example needs {n_shared + length} tokens but a decode holds {max_tokens}; "
+                "raise --ctx-tokens or lower --max-seq-length."
             )
         wanted = n_sequences + sequence.n_sequences
         if group and (n_tokens + length > max_tokens or wanted > max_sequences):
             yield group
-            group, n_tokens, n_sequences = [], 0, 0
+            group, n_tokens, n_sequences = [], n_shared, 0
         group.append(sequence)
         n_tokens += length
         n_sequences += sequence.n_sequences
@@ -168,9 +194,11 @@ def pack(
         yield group
 
 
-def repetitions(group: Sequence[TokenSequence], max_tokens: int, padded: bool) -> int:
+def repetitions(
+    group: Sequence[TokenSequence], max_tokens: int, padded: bool, n_shared: int = 0
+) -> int:
     """How often the sequences of a decode can be repeated in it, once per probe; 1 at least."""
-    lengths = [sequence.tokens.size for sequence in group]
-    n_tokens = len(lengths) * max(lengths) if padded else sum(lengths)
+    lengths = [sequence.tokens.size - n_shared for sequence in group]
+    n_tokens = len(lengths) * max(lengths) if padded else n_shared + sum(lengths)
     n_sequences = sum(sequence.n_sequences for sequence in group)
     return max(1, min(max_tokens // n_tokens, MAX_SEQUENCES // n_sequences))
