@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK          = 1 << 12;
+constexpr int64_t CHUNK            = 1 << 12;
 constexpr char    UNKNOWN_LAYOUT[] = "was repacked for this CPU and cannot be edited in place";
 
 size_t bytes_of(zo_storage storage) {

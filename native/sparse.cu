@@ -1,8 +1,8 @@
 // The sparse overlay on a GPU.
 //
 // A block takes a tile of tokens. All of it adds up a huge row, a warp a long one; then the columns of x that
-// short rows meet are copied into shared memory, four tokens side by side, and a thread adds up each row from there. Every sum
-// has one order, whatever the grid, so two runs give the same bits.
+// short rows meet are copied into shared memory, four tokens side by side, and a thread adds up each row from
+// there. Every sum has one order, whatever the grid, so two runs give the same bits.
 
 #include <algorithm>
 
@@ -66,9 +66,8 @@ sparse_layout::sparse_layout(const sparse_weight & weight, size_t shared_limit) 
             place_of[(size_t) place[(size_t) i]] = 0;
         }
     }
-    const auto huge =
-        std::stable_partition(parts.begin(), parts.end(),
-                              [](const row_part & whole) { return whole.end - whole.first >= HUGE; });
+    const auto huge = std::stable_partition(
+        parts.begin(), parts.end(), [](const row_part & whole) { return whole.end - whole.first >= HUGE; });
     n_huge = (int32_t) (huge - parts.begin());
     n_long = (int32_t) parts.size();
     for (int32_t c = 0; c < (int32_t) weight.n_cols; ++c) {
@@ -147,8 +146,8 @@ struct sparse_view {
     int64_t              nnz;
 };
 
-// A warp's sum over every `stride`-th entry of a row from `first` on, which differs by lane, for all tokens of
-// the tile; lane t ends with that of token t.
+// A warp's sum over every `stride`-th entry of a row from `first` on, which differs by lane, for all tokens
+// of the tile; lane t ends with that of token t.
 template <int TOGETHER>
 static __device__ float long_row(const sparse_view & w, const row_part & part, const float * value,
                                  const float * const * in, int lane, int first, int stride) {
@@ -320,9 +319,9 @@ void sparse_on_gpu::apply(const gpu_queue & queue, const float * values, int32_t
     int64_t n_shares = 1;
     if (n_chunks <= 1) {
         const int64_t n_short = (int64_t) parts.size() - n_long;
-        const int64_t most    = std::max<int64_t>({ n_huge, (n_long - n_huge + WARPS - 1) / WARPS,
-                                                    (n_short + THREADS - 1) / THREADS });
-        n_shares              = std::max<int64_t>(1, std::min(8 * queue.n_multiprocessors / n_tiles, most));
+        const int64_t most    = std::max<int64_t>(
+            { n_huge, (n_long - n_huge + WARPS - 1) / WARPS, (n_short + THREADS - 1) / THREADS });
+        n_shares = std::max<int64_t>(1, std::min(8 * queue.n_multiprocessors / n_tiles, most));
     }
     const sparse_view view{ used.data(), place.data(), parts.data(), chunks.data(),
                             n_huge,      n_long,       n_chunks,     nnz };
