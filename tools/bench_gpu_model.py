@@ -49,9 +49,9 @@ class Shape:
         return {f"{name}.weight": sizes for name, sizes in found.items()}
 
     def type_of(self, name: str, quant: str) -> Type:
-        """A matrix's type in a file of a quantization, as llama.cpp chooses it."""
-        if quant == "Q4_0":
-            return Type.Q4_0
+        """A matrix's type in a file of a quantization, as llama.cpp chooses it, or of one type."""
+        if quant != "Q4_K_M":
+            return Type[quant]
         parts = name.split(".")
         if parts[0] == "output":
             return Type.Q6_K

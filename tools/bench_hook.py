@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
+from bench_gpu_model import DENSITY, Shape, write_model
 
 from zo_gguf.batch import build_request, lay_out
 from zo_gguf.dataset import Example
@@ -28,58 +28,9 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.llama import default_threads, engine_batch, load_model, quiet_engine
 from zo_gguf.mask import Mask, MaskHeader
 from zo_gguf.optimizer import Adam, gradient_estimate
-from zo_gguf.scales import scale_offsets
 from zo_gguf.trajectory import Direction
 
-N_LAYERS, WIDTH, N_HEADS, FFN, VOCAB = 8, 2048, 16, 5632, 32000
-DENSITY = 1e-3
-# Standard deviation of a weight whose codes (in Q4_K also the 6-bit scales and minima) are random
-# bits, in steps of its block; and the minimum, in the same steps, at which the mean is 0.
-TYPES = {"Q4_0": (4.6, 0.0), "Q4_K": (257.0, 7.5)}
-
-
-def write_model(path: Path, kind: str = "Q4_0") -> None:
-    """A Llama with random weights of a type of `TYPES`, and no tokenizer."""
-    raw_dtype = gguf.GGMLQuantizationType[kind]
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[raw_dtype]
-    deviation, minimum = TYPES[kind]
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(N_LAYERS)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(N_HEADS)
-    writer.add_head_count_kv(N_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // N_HEADS)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("no_vocab")
-
-    def matrix(name: str, n_rows: int, n_cols: int) -> None:
-        size = (n_rows, n_cols // block_size, block_bytes)
-        blocks = rng.integers(0, 256, size, dtype=np.uint8)
-        step = 1 / (deviation * np.sqrt(n_cols))
-        for k, at in enumerate(scale_offsets(raw_dtype)):
-            value = np.array([step * (minimum if k else 1)], np.float16)
-            blocks[:, :, at : at + 2] = value.view(np.uint8)
-        writer.add_tensor(name, blocks.reshape(n_rows, -1), raw_dtype=raw_dtype)
-
-    matrix("token_embd.weight", VOCAB, WIDTH)
-    matrix("output.weight", VOCAB, WIDTH)
-    writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
-    for layer in range(N_LAYERS):
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            matrix(f"blk.{layer}.{part}.weight", WIDTH, WIDTH)
-        matrix(f"blk.{layer}.ffn_gate.weight", FFN, WIDTH)
-        matrix(f"blk.{layer}.ffn_up.weight", FFN, WIDTH)
-        matrix(f"blk.{layer}.ffn_down.weight", WIDTH, FFN)
-        for part in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{part}.weight", np.ones(WIDTH, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+SHAPE = Shape(layers=8, width=2048, heads=16, ffn=5632)
 
 
 def make_mask(path: Path, kind: str) -> Mask:
@@ -121,7 +72,7 @@ def make_mask(path: Path, kind: str) -> Mask:
     return Mask(tensors, zeros, shapes, MaskHeader(path.name, file.sha256(), kind, DENSITY))
 
 
-def make_examples(n: int, length: int, vocab: int = VOCAB) -> list[Example]:
+def make_examples(n: int, length: int, vocab: int = SHAPE.vocab) -> list[Example]:
     """Random token ids; the last 8 tokens of each example count."""
     rng = np.random.default_rng(2)
     mask = [False] * (length - 8) + [True] * 8
@@ -238,7 +189,7 @@ def main() -> None:
     print(f"{platform.machine()}, {options.threads} threads, commit {commit.stdout.strip()}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random-llama-Q4_0.gguf"
-        write_model(path)
+        write_model(path, SHAPE, "Q4_0", 2048)
         for kind in options.kind or ["lines", "clustered", "uniform"]:
             bench(path, kind, options.rounds, options.threads)
         plain = peak_memory(path, "plain", options.threads)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_hook import TYPES, Plain, make_examples, make_mask, seconds, write_model
+from bench_gpu_model import write_model
+from bench_hook import SHAPE, Plain, make_examples, make_mask, seconds
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.engine import Engine
@@ -75,12 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7, help="steps per line (%(default)s)")
     parser.add_argument("--threads", type=int, default=default_threads())
-    parser.add_argument("--type", default="Q4_0", choices=list(TYPES), help="%(default)s")
+    parser.add_argument("--type", default="Q4_0", choices=["Q4_0", "Q4_K"], help="%(default)s")
     parser.add_argument("--only", default="", metavar="REGEX", help="lines that match")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, mask = Path(folder) / "random.gguf", Path(folder) / "lines.mask.safetensors"
-        write_model(model, options.type)
+        write_model(model, SHAPE, options.type, 2048)
         make_mask(model, "lines").save(mask)
         for line in LINES:
             name = " ".join(line)
