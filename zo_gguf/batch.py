@@ -142,7 +142,7 @@ def lay_out(
     ids = np.zeros(n, np.int32)
     counts = np.ones(n, np.int32)
     is_output = np.zeros(n, np.bool_)
-    column = []  # of each target
+    found = []  # the columns of each sequence's targets
     n_sequences = sum(sequence.n_sequences for sequence in group)
     tokens[:n_shared] = group[0].tokens[:n_shared]
     positions[:n_shared] = np.arange(n_shared)
@@ -159,12 +159,13 @@ def lay_out(
         ids[start:end] += number
         number += sequence.n_sequences
         own = sequence.positions >= n_shared
-        column.append(np.where(own, start - n_shared, 0) + sequence.positions)
-        is_output[column[-1]] = True
-    in_order = np.argsort(np.concatenate(column), kind="stable")
+        found.append(np.where(own, start - n_shared, 0) + sequence.positions)
+    columns = np.concatenate(found)
+    is_output[columns] = True
+    in_order = np.argsort(columns, kind="stable")
     output_of_column = np.cumsum(is_output) - 1
     n_outputs = int(is_output.sum())
-    target_output = output_of_column[np.concatenate(column)[in_order]]
+    target_output = output_of_column[columns[in_order]]
     targets = np.concatenate([sequence.targets for sequence in group])[in_order]
     slots = np.concatenate([sequence.slots for sequence in group])[in_order]
     branch = np.arange(n_branches, dtype=np.int32)

@@ -106,8 +106,10 @@ def share_prompt(own: Sequence[TokenSequence], max_tokens: int) -> list[TokenSeq
 
     As many at a time as a decode of `max_tokens` tokens holds.
     """
+    if len(own) == 1:
+        return list(own)
     n_shared = _n_equal(own, min(sequence.tokens.size for sequence in own))
-    if len(own) == 1 or n_shared == 0:
+    if n_shared == 0:
         return list(own)
     joined: list[TokenSequence] = []
     group: list[TokenSequence] = []
