@@ -94,8 +94,9 @@ class Engine(Vocabulary):
         if self._edits and probes_per_decode > 1:
             raise ZoError("Weights edited in place have one value per decode: one probe at a time.")
         options = n_gpu_layers, path, distribution, force_staged
-        self._start(repacking_pays(self.gguf), *options)
-        if self._edits and not self.parameters.are_editable:  # in a layout that libzo does not know
+        repack = repacking_pays(self.gguf)
+        self._start(repack, *options)
+        if repack and self._edits and not self.parameters.are_editable:  # in an unknown layout
             self.close()
             self._start(False, *options)
 
@@ -280,8 +281,7 @@ class Engine(Vocabulary):
 
     def close(self) -> None:
         """Free the model, the context and the native objects."""
-        parts: list[Context | Hook | Parameters | None]
-        parts = [self._context, self._hook, self._parameters]
+        parts: tuple[Any, ...] = (self._context, self._hook, self._parameters)
         for part in parts:
             if part is not None:
                 part.free()
