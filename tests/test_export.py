@@ -155,10 +155,12 @@ def test_a_rank_limit_is_kept(text: Path, tmp_path: Path, plain: ExportResult) -
     assert mask.nnz == free.nnz  # the lines are long enough to fill up
 
 
+@pytest.mark.parametrize("converts", [False, True])  # which needs the pre-tokenizer's name
 def test_onto_makes_only_the_mask_and_the_same_one(
-    plain: ExportResult, text: Path, tmp_path: Path
+    converts: bool, plain: ExportResult, text: Path, tmp_path: Path
 ) -> None:
-    result = export(export_config("llama", text, tmp_path, onto=str(plain.files[1].model)))
+    config = export_config("llama", text, tmp_path, onto=str(plain.files[1].model))
+    result = export(replace(config, gguf=None) if converts else config)
     assert os.listdir(tmp_path) == ["llama-Q4_0.mask.safetensors"]
     assert result.files[0].mask.read_bytes() == plain.files[1].mask.read_bytes()
     assert result.files[0].quant == "Q4_0"

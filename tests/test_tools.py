@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,7 @@ def fake_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(dev, "STAMPS", tmp_path / ".venv" / "zo-stamps")
     monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path / "tools" / "constraints.txt")
     monkeypatch.setattr(dev, "make_venv", lambda: (tmp_path / ".venv").mkdir(exist_ok=True))
+    monkeypatch.setattr(dev, "has_amx", lambda: False)
     return tmp_path
 
 
@@ -85,7 +87,13 @@ class TestSetup:
     @pytest.fixture
     def installed(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         calls: list[tuple[str, ...]] = []
-        monkeypatch.setattr(dev, "pip", lambda what, *arguments: calls.append(arguments))
+
+        def pip(what: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
+            flags = (environment or {}).get("CXXFLAGS", "")
+            calls.append((*filter(None, [flags]), *arguments))
+
+        monkeypatch.delenv("CXXFLAGS", raising=False)
+        monkeypatch.setattr(dev, "pip", pip)
         return calls
 
     def test_second_call_installs_nothing(
@@ -117,10 +125,27 @@ class TestSetup:
         dev.setup()
         assert len(installed) == 4
 
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_no_amx(
+        self,
+        cached: bool,
+        fake_repository: Path,
+        installed: list[tuple[str, ...]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(dev, "has_amx", lambda: True)
+        monkeypatch.setattr(dev, "USES_AMX", f"exit({not cached:d})")
+        monkeypatch.setattr(dev, "PYTHON", Path(sys.executable))
+        dev.setup()
+        engine = [call for call in installed if call[-1] == dev.pinned(dev.ENGINE)]
+        assert [call[0] for call in engine] == [dev.NO_AMX] * (1 + cached)
+        assert ("--no-cache-dir" in engine[-1]) == cached
+        assert len(installed) == 4 + cached
+
     def test_failed_step_is_done_again(
         self, fake_repository: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def pip(what: str, *arguments: str) -> None:
+        def pip(what: str, *arguments: str, **_: object) -> None:
             raise dev.SetupError("no network")
 
         monkeypatch.setattr(dev, "pip", pip)

@@ -33,6 +33,8 @@ OLDEST_PYTHON = (3, 11)
 BUILD_TOOLS = ["pip", "scikit-build-core", "cmake", "ninja"]
 ENGINE = "llama-cpp-python"
 EXTRAS = "export,dev"
+NO_AMX = "-mno-amx-int8"
+USES_AMX = "import llama_cpp as l; exit(b'AMX_INT8 = 1' not in l.llama_print_system_info())"
 
 HINTS = {  # what pip or CMake says -> what to do about it
     "No space left on device": "Free some disk space (3 GB are enough) and run this again.",
@@ -64,13 +66,39 @@ def setup() -> None:
         return
     if not stamped_packages:
         pip("build tools", "--upgrade", *BUILD_TOOLS)
-        pip(f"{ENGINE} (compiled once, some minutes)", "--no-build-isolation", pinned(ENGINE))
+        install_engine()
         pip("torch and the other packages", *requirements())
         write_stamp("packages", packages)
     # Editable: edits to zo_gguf/ need no set-up; only a change to the C++ brings us back here.
     pip("zo-gguf, libzo compiled", "--no-build-isolation", "--no-deps", "--editable", str(ROOT))
     write_stamp("libzo", library)
     say(f"set up in {time.monotonic() - started:.0f} s")
+
+
+def install_engine() -> None:
+    """Compile llama-cpp-python, or take what pip has compiled before where that runs here."""
+    what = f"{ENGINE} (compiled once, some minutes)"
+    options = ["--no-build-isolation", pinned(ENGINE)]
+    pip(what, *options, environment=engine_environment())
+    if has_amx() and subprocess.run([str(PYTHON), "-c", USES_AMX], check=False).returncode == 0:
+        anew = ["--no-cache-dir", "--force-reinstall", "--no-deps"]  # it came from pip's cache
+        pip(what, *anew, *options, environment=engine_environment())
+
+
+def engine_environment() -> dict[str, str]:
+    """Environment of the compilers of llama.cpp, whose AMX code crashes as GCC 12 compiles it.
+
+    zo_gguf/amx.py says more. Other machines keep what they have.
+    """
+    flags = NO_AMX if has_amx() else ""
+    names = ("CFLAGS", "CXXFLAGS")
+    return {name: f"{os.environ.get(name, '')} {flags}".strip() for name in names}
+
+
+def has_amx() -> bool:
+    """Whether this machine's CPU has AMX; only Linux says."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and " amx_int8" in info.read_text(encoding="utf-8", errors="replace")
 
 
 def make_venv() -> None:
@@ -116,7 +144,7 @@ def pinned(package: str) -> str:
     raise SetupError(f"{CONSTRAINTS} has no line for {package}; add the version to use.")
 
 
-def pip(what: str, *arguments: str) -> None:
+def pip(what: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
     """Install with the pinned versions; on failure show the lines of the log that matter."""
     say(f"installing {what} ...")
     started = time.monotonic()
@@ -124,7 +152,13 @@ def pip(what: str, *arguments: str) -> None:
     command += ["--constraint", str(CONSTRAINTS), *arguments]
     log = VENV / "zo-setup.log"
     with log.open("w", encoding="utf-8") as stream:
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+            check=False,
+        )
     if done.returncode:
         raise SetupError(explain(what, log))
     say(f"  done in {time.monotonic() - started:.0f} s")

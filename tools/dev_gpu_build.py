@@ -189,6 +189,7 @@ def build_environment(toolkit: dev_cuda.Toolkit) -> dict[str, str]:
     jobs = max(1, min(len(os.sched_getaffinity(0)), memory // _MEMORY_PER_JOB))
     environment = dict(os.environ, PATH=f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}")
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs))
+    environment |= dev.engine_environment()
     return environment | {"CMAKE_GENERATOR": "Ninja", "CUDACXX": str(toolkit.nvcc)}
 
 

@@ -150,8 +150,13 @@ def _float_gguf(
     _require_disk(scratch, weight_bytes(folder), ["F16", *quants])
     name, kind = _name(config), _float_type(quants)
     path = scratch / f"{name}.gguf"
-    convert(folder, path, out_type=kind, pre=config.pre, name=name)
+    convert(folder, path, out_type=kind, pre=config.pre or _pre_tokenizer(config.onto), name=name)
     return path
+
+
+def _pre_tokenizer(onto: str | None) -> str | None:
+    """The pre-tokenizer that an existing GGUF names, which spares the user --pre."""
+    return None if onto is None else GgufFile(onto).metadata("tokenizer.ggml.pre")
 
 
 def _float_type(quants: list[str]) -> str:

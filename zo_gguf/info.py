@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import zo_gguf
+from zo_gguf.amx import amx_problem
 from zo_gguf.backends import cpu_features, engine_version, list_devices, supports_offload
 from zo_gguf.config import EnvConfig, InfoConfig, TuneConfig, load_config
 from zo_gguf.delta import Delta
@@ -248,7 +249,7 @@ def env(config: EnvConfig) -> Facts:
             "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
             "packages": {name: _version(name) for name in _PACKAGES},
             "libzo": libzo,
-            "llama.cpp CPU code": cpu_features(),
+            "llama.cpp CPU code": amx_problem() or cpu_features(),
             "devices": [
                 f"{device.name}: {device.description} ({device.kind}, {_size(device.memory_total)})"
                 for device in devices

@@ -16,6 +16,7 @@ import psutil
 from llama_cpp._logger import llama_log_callback
 from numpy.typing import NDArray
 
+from zo_gguf.amx import require_working_amx
 from zo_gguf.batch import DecodeBatch
 from zo_gguf.errors import ZoError
 from zo_gguf.native import Library
@@ -66,8 +67,10 @@ def load_model(
         repack: Let llama.cpp lay quantized matrices out anew for this CPU.
 
     Raises:
-        ZoError: llama.cpp refuses the file; the sentence ends with its reason.
+        ZoError: llama.cpp refuses the file; the sentence ends with its reason. Or it would crash.
     """
+    if repack:
+        require_working_amx()
     choose_cuda_graphs()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
