@@ -61,5 +61,6 @@ def test_a_model_is_refused_with_the_way_out(
             return
         with pytest.raises(ZoError, match=rf"CFLAGS={amx.WITHOUT} .*--no-cache-dir") as caught:
             Engine(model, n_threads=1)
-        assert env(EnvConfig()).values["llama.cpp CPU code"] == str(caught.value)
+        shown = env(EnvConfig()).render()
+        assert all(line in shown for line in amx.amx_problem())
     assert llama_cpp.__version__ in str(caught.value)

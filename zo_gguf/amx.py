@@ -28,19 +28,19 @@ _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", 
 def require_working_amx() -> None:
     """Raise ZoError, with what to do, if the installed llama.cpp would crash in its AMX code."""
     if problem := amx_problem():
-        raise ZoError(problem)
+        raise ZoError(" ".join(problem))
 
 
-def amx_problem() -> str | None:
-    """What is wrong with the installed llama.cpp's AMX code, in a sentence, and what to do."""
+def amx_problem() -> list[str]:
+    """What is wrong with the installed llama.cpp's AMX code, and the command that helps."""
     if f"{FEATURE} = 1" not in llama_cpp.llama_print_system_info().decode() or not crashes():
-        return None
-    return (
+        return []
+    return [
         "This llama-cpp-python crashes on every quantized model: its AMX code was compiled "
-        "wrongly, as by GCC 12. Compile it without: "
+        "wrongly, as by GCC 12. Compile it without:",
         f"CFLAGS={WITHOUT} CXXFLAGS={WITHOUT} pip install --force-reinstall --no-deps "
-        f"--no-cache-dir --no-binary :all: llama-cpp-python=={llama_cpp.__version__}"
-    )
+        f"--no-cache-dir --no-binary :all: llama-cpp-python=={llama_cpp.__version__}",
+    ]
 
 
 @cache
