@@ -53,6 +53,7 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "dense-F16": (0.004, {}),
     "dense-Q4_0": (0.1, {"train": "norm"}),
     "sensitive+block-scale-Q8_0": (0.02, {"unit": ["sparse=1", "scale=3"]}),
+    "block-scale+norm-Q8_0": (0.05, {"unit": ["scale=1", "gain=1"]}),
     "sensitive+dense-Q4_0": (0.02, {"unit": ["sparse=1", "weight=4"]}),
 }
 IN_PLACE = [name for name in CASES if re.match("block|dense|norm|magnitude-F16", name)]
@@ -208,7 +209,8 @@ def test_merge_in_place_changes_nothing_else(case: str, done: Runs, tmp_path: Pa
     for name, info in old.tensors.items():
         before, after = old.raw(name), new.raw(name)
         assert np.array_equal(before, after) == (name not in delta.edits), name
-        if name in delta.edits and case.startswith("block-scale"):
+        kind = delta.edits[name].kind if name in delta.edits else ""
+        if kind == "scale":
             size = GGML_QUANT_SIZES[info.type][1]
             here = np.isin(np.arange(size), SCALE_BYTES[info.type])
             before, after = before.reshape(-1, size), after.reshape(-1, size)
@@ -216,9 +218,9 @@ def test_merge_in_place_changes_nothing_else(case: str, done: Runs, tmp_path: Pa
             scales = before[:, here].copy().view("<f2").astype(np.float32)
             scales *= np.maximum(1 + masters[name].reshape(scales.shape), np.float32(2**-10))
             assert np.array_equal(after[:, here].copy().view("<f2"), scales.astype("<f2"))
-        elif name in delta.edits and case.startswith("norm"):
+        elif kind == "gain":
             assert np.array_equal(new.dequantize(name), old.dequantize(name) * (1 + masters[name]))
-        elif name in delta.edits:
+        elif kind == "weight":
             weights = after.copy().view("<f2" if info.type == Type.F16 else "<f4").ravel()
             assert np.array_equal(weights, masters[name].astype(weights.dtype))
             if case.startswith("magnitude"):

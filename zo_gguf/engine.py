@@ -257,10 +257,8 @@ class Engine(Vocabulary):
         # The hook's error explains more than the status.
         losses = None if self._hook is None else self._hook.end(batch.target_token.size)
         if status != 0:
-            raise ZoError(
-                f"llama_decode failed with status {status} on {batch.tokens.size} tokens; lower "
-                "--ctx-tokens."
-            )
+            n = batch.tokens.size
+            raise ZoError(f"llama_decode failed ({status}) on {n} tokens; lower --ctx-tokens.")
         return self._context.losses(batch, self._library) if losses is None else losses
 
     def _locate(self) -> None:
@@ -269,15 +267,17 @@ class Engine(Vocabulary):
         first = Example([max(self.bos_id, 0)] * 2, [False, True])
         batch = lay_out(self._request([first]).sequences, 1, self._padded)
         self._context.make_room(batch)
-        if self._hook is not None:
-            self._hook.begin_any()
+        if self._hook is None:
+            self._context.decode(batch)
+            return
+        self.parameters.prepare_beside()
+        self._hook.begin_any()
         self._context.decode(batch)
+        self._hook.end(0)
 
     def hidden_states(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Mean and last hidden state of texts in the untuned model, (n_texts, 2 * width)."""
         return hidden_states(self._model, texts, self.n_threads)
-
-    # ---- lifetime --------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Free the model, the context and the native objects."""

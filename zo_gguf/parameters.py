@@ -243,13 +243,17 @@ class Parameters:
         if self._in_place is not None:
             (probe,) = probes
             self._in_place.apply(probe[0], probe[2] * self._unit(self._live_kind))
+        self.prepare_beside(probes)
+        unit = self._unit(SPARSE)
+        return [(seed, signs, scale * unit) for seed, signs, scale in probes]
+
+    def prepare_beside(self, probes: Sequence[BranchOf] = (AT_THETA,)) -> None:
+        """As `prepare`, except for what is edited in place, whose memory may not be known yet."""
         for branch, (seed, _, scale) in enumerate(probes):
             if self._gain is not None:
                 self._set_gains(self._gain, branch, seed, scale)
             if self._low_rank is not None:
                 self._set_products(self._low_rank, branch, seed, scale)
-        unit = self._unit(SPARSE)
-        return [(seed, signs, scale * unit) for seed, signs, scale in probes]
 
     def _set_gains(self, gain: Gain, branch: int, seed: int, scale: float) -> None:
         for number, name in enumerate(self.delta.gains):
