@@ -11,10 +11,10 @@
 
 namespace zo {
 
-static constexpr int THREADS = 256;
-static constexpr int WARPS   = THREADS / LANES;
-static constexpr int LONG    = 64;    // entries from which on a warp shares a row,
-static constexpr int HUGE    = 1024;  // and a block does
+static constexpr int THREADS  = 256;
+static constexpr int WARPS    = THREADS / LANES;
+static constexpr int LONG     = 64;    // entries from which on a warp shares a row,
+static constexpr int HUGE_ROW = 1024;  // and a block does
 
 static constexpr size_t FREE_SHARED = 47 << 10;  // beside what the kernel declares; more must be asked for
 
@@ -66,10 +66,11 @@ sparse_layout::sparse_layout(const sparse_weight & weight, size_t shared_limit) 
             place_of[(size_t) place[(size_t) i]] = 0;
         }
     }
-    const auto huge = std::stable_partition(
-        parts.begin(), parts.end(), [](const row_part & whole) { return whole.end - whole.first >= HUGE; });
-    n_huge = (int32_t) (huge - parts.begin());
-    n_long = (int32_t) parts.size();
+    const auto huge = std::stable_partition(parts.begin(), parts.end(), [](const row_part & whole) {
+        return whole.end - whole.first >= HUGE_ROW;
+    });
+    n_huge          = (int32_t) (huge - parts.begin());
+    n_long          = (int32_t) parts.size();
     for (int32_t c = 0; c < (int32_t) weight.n_cols; ++c) {
         if (place_of[(size_t) c] == 0) {
             place_of[(size_t) c] = (int32_t) used.size();
