@@ -91,15 +91,25 @@ def prepare(folder: Path, method: str, quant: str) -> tuple[TuneConfig, Delta, n
     return given, delta, delta.theta + np.float32(0.05) * z
 
 
-def agree(gpu: np.ndarray, cpu: np.ndarray, exact: bool) -> None:
-    """Equal up to the order of sums; on a real GPU, the engine's own arithmetic differs as well."""
+def beside(request: pytest.FixtureRequest, *given: Any, **options: Any) -> np.ndarray:
+    """The same forward passes with the CPU's overlays: on a GPU, through copies in host memory."""
+    staged = {"n_gpu_layers": -1, "force_staged": True} if on_cuda(request) else {}
+    return losses(*given, **options, **staged)
+
+
+def on_cuda(request: pytest.FixtureRequest) -> bool:
+    return "stand-in" not in request.node.name
+
+
+def agree(gpu: np.ndarray, cpu: np.ndarray, exact: bool, least: float = 0.999) -> None:
+    """Equal up to the order of sums, which rounding to 8 bits or TF32 may blow up."""
     difference = np.abs(gpu - cpu)
     if exact:
         assert np.median(difference) < 1e-6
         assert difference.max() < 2e-2  # a value of the f16 KV cache may round the other way
     effects = [found - found[0] for found in (gpu, cpu)]
     assert np.abs(effects[1]).max() > 0.05  # so that the next line means something
-    assert np.corrcoef(effects[0].ravel(), effects[1].ravel())[0, 1] > 0.999
+    assert np.corrcoef(effects[0].ravel(), effects[1].ravel())[0, 1] > least
     assert difference.max() < 0.1
 
 
@@ -113,8 +123,10 @@ def test_losses_are_those_of_the_cpu(
     for width, distribution in ((1, NORMAL), (3, RADEMACHER)):
         options = {"theta": theta, "distribution": distribution, "probes_per_decode": width}
         gpu = on_gpu(delta, given.model, **options)
-        exact = quant == "F32" and "stand-in" in request.node.name
-        agree(gpu, losses(delta, given.model, **options), exact)
+        exact = quant == "F32" and not on_cuda(request)
+        agree(gpu, beside(request, delta, given.model, **options), exact)
+        if on_cuda(request):  # where llama.cpp's own arithmetic is another than the CPU's
+            agree(gpu, losses(delta, given.model, **options), exact=False, least=0.97)
         again = on_gpu(delta, given.model, **options)
         assert gpu.tobytes() == again.tobytes()
 
@@ -126,12 +138,10 @@ def test_values_in_place_are_the_bits_of_the_cpu(
     given, delta, theta = prepare(tmp_path, method, IN_PLACE[method])
     probes = [Probe(0, 0.0), Probe(7, 0.02), Probe(7, -0.02), Probe(0, 0.0)]
     gpu = on_gpu(delta, given.model, probes, theta)
-    cpu = losses(delta, given.model, probes, theta)
-    if "stand-in" in request.node.name:  # the same forward pass, so the same weights
-        np.testing.assert_allclose(gpu, cpu, rtol=0, atol=1e-6)
+    cpu = beside(request, delta, given.model, probes, theta)
+    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=1e-6)  # the same pass with the same weights
     assert gpu[0].tobytes() == gpu[3].tobytes()
-    effects = [found[1] - found[2] for found in (gpu, cpu)]
-    assert np.corrcoef(*effects)[0, 1] > 0.999
+    assert np.abs(gpu[1] - gpu[2]).max() > 1e-3
 
 
 @pytest.mark.parametrize("shared", [2048, 8192, 65536])
@@ -147,19 +157,19 @@ def test_entries_in_chunks_and_long_rows(
     monkeypatch.setenv("ZO_STAND_IN_SHARED", str(shared))  # bytes: fewer columns at a time
     path = write_llama(tmp_path / "m.gguf", Type.F32)
     delta = random_delta(GgufFile(path), rank=rank, share=0.2 if rank is None else 1.0, scale=0.05)
-    cpu = losses(delta, path)
+    cpu = beside(request, delta, path)
     agree(on_gpu(delta, path), cpu, exact=False)
-    bound = 1e-3 if "stand-in" in request.node.name else 5e-3  # a GPU multiplies F32 as TF32
+    bound = 5e-3 if on_cuda(request) else 1e-3  # a GPU multiplies F32 as TF32
     assert np.median(np.abs(on_gpu(delta, path) - cpu)) < bound
 
 
-def test_signs_per_example(on_gpu: Losses, tmp_path: Path) -> None:
+def test_signs_per_example(on_gpu: Losses, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     given, delta, theta = prepare(tmp_path, "sensitive", "F32")
     probes = [[Probe(3, s * 0.1, signs) for signs in (5, 6, 7)] for s in (1, -1, 0)]
     for distribution in (NORMAL, RADEMACHER):
         options = {"theta": theta, "distribution": distribution}
         gpu = on_gpu(delta, given.model, probes, **options)
-        cpu = losses(delta, given.model, probes, **options)
+        cpu = beside(request, delta, given.model, probes, **options)
         agree(gpu[::-1], cpu[::-1], exact=False)
 
 
@@ -167,10 +177,10 @@ def test_branches_in_turns(on_gpu: Losses, tmp_path: Path, request: pytest.Fixtu
     """More values than are kept at a time: 8 M on a GPU, fewer on its stand-in."""
     path = write_llama(tmp_path / "m.gguf", Type.F32)
     base = random_delta(GgufFile(path), rank=None, share=1.0, scale=0.02, among="blk.1.ffn_up")
-    n_probes = 4 if "stand-in" in request.node.name else 66
+    n_probes = 66 if on_cuda(request) else 4
     probes = [Probe(seed, 0.01) for seed in range(n_probes)]
     gpu = on_gpu(base, path, probes, probes_per_decode=n_probes)
-    agree(gpu, losses(base, path, probes), exact=False)
+    agree(gpu, beside(request, base, path, probes), exact=False)
 
 
 @pytest.mark.cuda
@@ -186,7 +196,7 @@ def test_large_products_of_layers_on_the_cpu(tmp_path: Path) -> None:
             moved, after = engine.losses(rows, PROBES), launches()
             here = np.hstack([engine.losses([row], PROBES) for row in rows])
             assert launches() == after > before, method
-        agree(moved, here, exact=False)
+        agree(moved, here, exact=False, least=0.97)
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])
