@@ -11,6 +11,8 @@ from typing import Any
 import bench_gpu
 import bench_gpu_report
 import bench_gpu_watch
+import dev
+import dev_gpu
 import numpy as np
 import pytest
 from bench_gpu_model import SHAPES, Shape, Type, make_mask, write_model
@@ -100,7 +102,7 @@ class TestGoingOn:
         sys.argv += ["--only", "torch"]
         tried = []
 
-        def crash(script: str, job: dict[str, Any], graphs: bool) -> dict[str, Any]:
+        def crash(script: str, job: dict[str, Any], *_: object) -> dict[str, Any]:
             tried.append(job["kind"])
             return {"error": "it | crashed"}
 
@@ -109,6 +111,40 @@ class TestGoingOn:
         assert "it / crashed" in capsys.readouterr().out
         assert bench_gpu.main() == 1
         assert tried == ["sparse", "mezo"] * 2
+
+    def test_time_is_up(self, options: Namespace, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        """What the targets speak of is done by then, and tables are there."""
+        sys.argv += ["--only", "memory,step,batch,torch", "--budget", "1000"]
+        now, ran = [0.0], []
+
+        def job(script: str, job: dict[str, Any], graphs: bool, seconds: float) -> dict[str, Any]:
+            ran.append((job.get("job", "torch"), job.get("mask", job.get("kind")), seconds))
+            now[0] += 300
+            return {"error": "only an example"}
+
+        monkeypatch.setattr(bench_gpu.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(bench_gpu, "run_job", job)
+        monkeypatch.setattr(bench_gpu, "write_model", lambda *_: None)
+        assert bench_gpu.main() == 1
+        expected = [("step", "lines"), ("step", "norm"), ("memory", "plain"), ("memory", "lines")]
+        assert [(what, mask) for what, mask, _ in ran] == expected
+        assert [seconds for *_, seconds in ran] == [1000, 700, 400, 100]
+        assert "time is up with" in capsys.readouterr().out
+        (table,) = options.out.glob("*.md")
+        assert table.read_text().count("only an example") == 4
+
+    def test_job_is_killed_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "job.py").write_text("import time; time.sleep(60)")
+        monkeypatch.setattr(bench_gpu_watch, "TOOLS", tmp_path)
+        result = bench_gpu_watch.run_job("job.py", {"device": "cpu"}, False, 0.5)
+        assert "not done in the 0 s that were left" in result["error"]
+
+    def test_every_case_has_its_place(self, options: Namespace) -> None:
+        options.sizes, options.quants, options.device = ["7B", "13B"], ["Q4_0", "Q4_K_M"], "cuda"
+        places = {case.key: bench_gpu.place(case) for case in bench_gpu.cases(options)}
+        assert len(places) > 60
+        last = max(places["step 7B Q4_0 norm hook"], places["memory 7B Q4_0 lines hook"])
+        assert last < min(n for key, n in places.items() if "13B" in key or "Q4_K_M" in key)
 
     def test_other_shapes_are_measured_anew(self, options: Namespace, tmp_path: Path) -> None:
         found = {case.key: {"job": case.job} for case in bench_gpu.cases(options)}
@@ -151,6 +187,15 @@ class TestJobs:
         error = self.run(tmp_path, monkeypatch, code + "os.abort()")["error"]
         assert "GGML_ASSERT(x)" in error
         assert "-6" in error
+
+
+def test_check_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    slow, started = ["sleep", "60"], time.monotonic()
+    assert dev_gpu.run("tests", slow, end=started + 0.2) == 124
+    assert dev_gpu.run("memcheck", slow, tmp_path / "log" / "m.txt", started) == 124
+    assert time.monotonic() - started < 30
+    assert "time is up" in capsys.readouterr().err
 
 
 class TestWatch:

@@ -234,6 +234,9 @@ class TestMachine:
         for name in ("libcublas.so", "stubs/libcuda.so"):
             (tmp_path / "cuda/lib64" / name).touch()
         assert dev_cuda.cmake_hints(toolkit, [tmp_path]) == []
+        (tmp_path / "cuda/lib64/libcudart.so").touch()
+        (hint,) = dev_cuda.cmake_hints(toolkit, [tmp_path])
+        assert hint.endswith(f"-rpath,{tmp_path / 'cuda/lib64'}")
 
 
 class TestCheck:
@@ -253,7 +256,8 @@ class TestCheck:
         sanitizer.write_text(f"#!/bin/sh\n{script}\n")
         sanitizer.chmod(0o755)
         monkeypatch.setattr(dev_cuda, "find_sanitizer", lambda _: str(sanitizer))
-        return dev_gpu.check([], dev_cuda.Toolkit(Path("nvcc"), Path("cuda"), "13.0"))
+        toolkit = dev_cuda.Toolkit(Path("nvcc"), Path("cuda"), "13.0")
+        return dev_gpu.check([], toolkit, dev_gpu.RESULTS)
 
     def test_marked_files_run_under_both_tools(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.check(monkeypatch, 'echo "$@"') == 0

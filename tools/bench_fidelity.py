@@ -17,13 +17,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import reference  # the tests' torch model
+from bench_gpu_model import TINY_QUANTS as QUANTS
 
 from zo_gguf.dataset import Example, load_examples
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.noise import measure_noise
 
 N_PROBES, N_ROWS = 24, 16
-QUANTS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
 
 
 @dataclass(frozen=True)

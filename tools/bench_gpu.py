@@ -1,147 +1,36 @@
 """Every benchmark on a GPU: correctness, memory, a step's cost, batch sizes, PyTorch beside it.
 
 Each case runs in a process of its own and is written down when it ends, so a run that was stopped
-goes on with the next case, and one that crashes is a line in a table. Results for this commit go to
---out: JSON, tables in markdown, and a plot. On a CPU the same code runs on small shapes:
+goes on with the next case, and one that crashes is a line in a table. What the targets speak of
+comes first, for machines that are lent by the minute. Results for this commit go to --out: JSON,
+tables in markdown, and a plot. On a CPU the same code runs on small shapes:
 
-    python3 tools/dev.py gpu bench [--only memory,step] [--again]
+    python3 tools/dev.py gpu bench [--only memory,step] [--again] [--budget SECONDS]
     .venv/bin/python tools/bench_gpu.py --device cpu --layers 2 --width 256 --ffn 512 --heads 4 \\
         --vocab 2000 --batch-examples 1,4 --batch-tokens 32 --out /tmp/bench
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bench_gpu_report as report
 import dev
 import dev_cuda
-from bench_fidelity import QUANTS as TINY_QUANTS
+from bench_gpu_cases import SIZE_OPTIONS, STAGES, Case, cases, is_first, place, shape_of
 from bench_gpu_model import QUANTS, SHAPES, Shape, write_model
 from bench_gpu_watch import run_job
 
 from zo_gguf.llama import default_threads
 
-STAGES = ("correctness", "memory", "step", "batch", "torch")
-# A mask on few lines fits beside the products and into an adapter, one anywhere only beside them,
-# and gains of norms, what `tune` trains without a mask, beside the norms.
-PATHS = (("lines", "hook"), ("lines", "adapter"), ("uniform", "hook"), ("norm", "hook"))
-_SIZE_OPTIONS = ("layers", "width", "heads", "ffn", "vocab")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of a table.
-
-    Attributes:
-        stage: One of STAGES.
-        key: What it is called in the results.
-        job: What the job's process is told.
-        script: The file that runs it.
-        cuda_graphs: Whether llama.cpp may use them.
-    """
-
-    stage: str
-    key: str
-    job: dict[str, Any]
-    script: str = "bench_gpu_jobs.py"
-    cuda_graphs: bool = False
-
-
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """All cases of the stages asked for, in order."""
-    makers: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
-        "correctness": correctness_cases,
-        "memory": memory_cases,
-        "step": step_cases,
-        "batch": batch_cases,
-        "torch": torch_cases,
-    }
-    for stage in STAGES:
-        if stage in options.only:
-            yield from makers[stage](options)
-
-
-def common(options: argparse.Namespace) -> dict[str, Any]:
-    """What every job is told."""
-    layers = -1 if options.device == "cuda" else 0
-    return {"device": options.device, "n_gpu_layers": layers, "threads": options.threads}
-
-
-def of_model(options: argparse.Namespace, size: str, quant: str) -> dict[str, Any]:
-    """What jobs on a model with random weights are told."""
-    shape = shape_of(options, size)
-    sizes = {"examples": options.examples, "tokens": options.tokens, "rounds": options.rounds}
-    name = f"{size}-{'x'.join(str(n) for n in asdict(shape).values())}-{quant}.gguf"
-    model = {"model": str(options.work / name), "shape": asdict(shape), "quant": quant}
-    return common(options) | model | sizes
-
-
-def shape_of(options: argparse.Namespace, size: str) -> Shape:
-    """A size's shape, with what the command line gives instead."""
-    given = {name: getattr(options, name) for name in _SIZE_OPTIONS}
-    return replace(SHAPES[size], **{name: n for name, n in given.items() if n is not None})
-
-
-def correctness_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """tiny-llama, at every quantization."""
-    job = common(options) | {"folder": str(options.work / "tiny"), "path": options.path}
-    for kind in ("correctness", "replay"):
-        for quant in TINY_QUANTS:
-            key = f"{kind} {quant} {options.path}"
-            yield Case("correctness", key, job | {"job": kind, "quant": quant})
-
-
-def memory_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Peak memory of plain passes, and of steps with each kind of mask and path."""
-    for size in options.sizes:
-        for quant in options.quants:
-            job = of_model(options, size, quant) | {"job": "memory"}
-            yield Case("memory", f"memory {size} {quant} plain", job | {"kind": "plain"})
-            for mask, path in PATHS:
-                tuned = job | {"kind": "tune", "mask": mask, "path": path}
-                yield Case("memory", f"memory {size} {quant} {mask} {path}", tuned)
-
-
-def step_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """A step against two plain passes; also with both probes in a decode, and with CUDA graphs."""
-    for size in options.sizes:
-        for quant in options.quants:
-            for mask, path in PATHS:
-                job = of_model(options, size, quant) | {"job": "step", "mask": mask, "path": path}
-                key = f"step {size} {quant} {mask} {path}"
-                yield Case("step", key, job)
-                if path == "hook":
-                    yield Case("step", f"{key} paired", job | {"probes_per_decode": 2})
-                if options.device == "cuda" and (size, quant) == (options.sizes[0], "Q4_0"):
-                    yield Case("step", f"{key} graphs", job, cuda_graphs=True)
-
-
-def batch_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every number of examples at every length."""
-    size = options.sizes[0]
-    for tokens in options.batch_tokens:
-        for examples in options.batch_examples:
-            job = of_model(options, size, options.quants[0]) | {
-                "job": "batch", "mask": "lines", "path": "hook", "kv_layout": options.kv_layout,
-                "examples": examples, "tokens": tokens,
-            }  # fmt: skip
-            key = f"batch {size} {options.quants[0]} {options.kv_layout} {examples}x{tokens}"
-            yield Case("batch", key, job)
-
-
-def torch_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """PyTorch's step, with sparse and with full perturbations."""
-    for size in options.sizes:
-        for kind in ("sparse", "mezo"):
-            job = of_model(options, size, "bf16") | {"kind": kind}
-            yield Case("torch", f"torch {size} {kind}", job, "bench_gpu_torch.py")
+_LEAST = 20.0  # seconds without which no case is begun
 
 
 def still_good(file: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -154,8 +43,8 @@ def still_good(file: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Make what the case needs, and run it."""
+def run(case: Case, seconds: float = math.inf) -> dict[str, Any]:
+    """Make what the case needs, and run it for at most so many seconds."""
     job = case.job
     if "folder" in job:
         tiny = Path(job["folder"])
@@ -167,7 +56,7 @@ def run(case: Case) -> dict[str, Any]:
             (tiny / "done").touch()
     elif case.script == "bench_gpu_jobs.py" and not os.path.exists(job["model"]):
         write_model(Path(job["model"]), Shape(**job["shape"]), job["quant"], 1 << 16)
-    result = run_job(case.script, job, case.cuda_graphs)
+    result = run_job(case.script, job, case.cuda_graphs, seconds)
     if case.stage == "torch" and job["device"] == "cuda" and "error" not in result:
         watched = run_job(case.script, job | {"rounds": 1, "watched": True})
         result |= {key: watched[key] for key in ("memory", "memory_by") if key in watched}
@@ -194,11 +83,13 @@ def parse() -> argparse.Namespace:
     add("--work", type=Path, default=dev.ROOT / "build" / "gpu-bench", help="for the models")
     add("--keep-models", action="store_true", help="up to 8 GB each")
     add("--only", type=one_of(*STAGES), default=list(STAGES), help="stages, with commas")
+    add("--first", action="store_true", help="only what the targets speak of")
     add("--again", action="store_true", help="measure what is measured already")
+    add("--budget", type=float, help="seconds after which nothing more is begun (no limit)")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--sizes", type=one_of(*SHAPES), default=list(SHAPES), help="with commas")
     add("--quants", type=one_of(*QUANTS), default=list(QUANTS), help="with commas")
-    for name in _SIZE_OPTIONS:
+    for name in SIZE_OPTIONS:
         add(f"--{name}", type=int, help="instead of the sizes' own")
     add("--examples", type=int, default=16, help="of a step (%(default)s)")
     add("--tokens", type=int, default=128, help="of an example (%(default)s)")
@@ -236,24 +127,40 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     file = options.out / f"bench-{options.device}-{here['commit']}.json"
-    wanted = list(cases(options))
+    every = cases(options)
+    wanted = sorted((case for case in every if is_first(case) or not options.first), key=place)
     known = {} if options.again or not file.is_file() else still_good(file, options)
-    for number, case in enumerate(wanted, 1):
-        if case.key in known and "error" not in known[case.key]["result"]:
-            continue
+    left = [case for case in wanted if failed(known, case)]
+    end = time.monotonic() + (options.budget or math.inf)
+    while left and (seconds := end - time.monotonic()) >= _LEAST:
+        case, number = left.pop(0), len(wanted) - len(left)
         print(f"[{number}/{len(wanted)}] {case.key} ...", file=sys.stderr, flush=True)
-        known[case.key] = {"stage": case.stage, "job": case.job, "result": run(case)}
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps({"machine": here, "cases": known}, indent=1) + "\n")
-        os.replace(unfinished, file)
-    tables = report.tables(here, known)
-    file.with_suffix(".md").write_text(tables, encoding="utf-8")
-    print(tables)
+        known[case.key] = {"stage": case.stage, "job": case.job, "result": run(case, seconds)}
+        in_order = [key for key in (*(case.key for case in every), *known) if key in known]
+        known = {key: known[key] for key in in_order}
+        save(file, here, known)
+    print(report.tables(here, known))
     print(report.plot(known, file.with_suffix(".png")), file=sys.stderr)
-    if not options.keep_models:
+    if left:
+        print(f"bench_gpu.py: time is up with {len(left)} cases left; the same command goes on")
+        return 1
+    if not options.keep_models and not options.first:
         for model in options.work.glob("*.gguf"):
             model.unlink()
-    return int(any("error" in known[case.key]["result"] for case in wanted))
+    return int(any(failed(known, case) for case in wanted))
+
+
+def failed(known: dict[str, Any], case: Case) -> bool:
+    """Whether a case has no result, or one that says why there is none."""
+    return case.key not in known or "error" in known[case.key]["result"]
+
+
+def save(file: Path, here: dict[str, str], known: dict[str, Any]) -> None:
+    """Write down what is known so far, and its tables."""
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps({"machine": here, "cases": known}, indent=1) + "\n")
+    os.replace(unfinished, file)
+    file.with_suffix(".md").write_text(report.tables(here, known), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ _LEAST_ROUNDS = 3
 def export_tiny(job: Job) -> Result:
     """tiny-llama at every quantization with masks, and the topic task, into a folder."""
     import make_task
-    from bench_fidelity import QUANTS
+    from bench_gpu_model import TINY_QUANTS
 
     from zo_gguf.config import ExportConfig
     from zo_gguf.export import export
@@ -41,7 +41,7 @@ def export_tiny(job: Job) -> Result:
     calibration = str(folder / "task" / make_task.CALIBRATION)
     config = ExportConfig(
         model=str(TINY_LLAMA), name="tiny-llama", pre="gpt-2", calibration=calibration,
-        quant=list(QUANTS), density=0.001, output=str(folder), overwrite=True,
+        quant=list(TINY_QUANTS), density=0.001, output=str(folder), overwrite=True,
     )  # fmt: skip
     export(config)
     return {}
@@ -107,7 +107,7 @@ def memory(job: Job) -> Result:
 def step(job: Job) -> Result:
     """Tune steps in turn with two plain forward passes each, and the ratios pair by pair."""
     engine, tune_step = _tuner(job)
-    plain = _plain(job)
+    plain = _plain(job, engine)
     tune_step(0)
     plain.forward()
     ratios, steps, forwards = [], [], []
@@ -159,14 +159,14 @@ def batch(job: Job) -> Result:
 
 def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     """An engine with something to train, and a function that makes an spsa step with adam."""
+    from bench_gpu_model import open_random
     from bench_hook import make_examples
 
     from zo_gguf.engine import Engine, Probe
-    from zo_gguf.gguf_file import GgufFile
     from zo_gguf.optimizer import Adam, gradient_estimate
     from zo_gguf.trajectory import Direction
 
-    file = GgufFile(Path(job["model"]))
+    file = open_random(Path(job["model"]))
     width = job.get("probes_per_decode", 1)
     engine = Engine(
         file, mask=_trained(file, job["mask"]), n_threads=job["threads"], path=job["path"],
@@ -201,11 +201,13 @@ def _trained(file: Any, kind: str) -> Any:
     return make_mask(file, kind)
 
 
-def _plain(job: Job) -> Any:
+def _plain(job: Job, engine: Any = None) -> Any:
+    """Plain passes, through the engine's weights where there is one."""
     from bench_hook import Plain, make_examples
 
     examples = make_examples(job["examples"], job["tokens"] + 1, job["shape"]["vocab"])
-    return Plain(Path(job["model"]), examples, job["threads"], job["n_gpu_layers"])
+    model = engine._model if engine else None
+    return Plain(Path(job["model"]), examples, job["threads"], job["n_gpu_layers"], model)
 
 
 def _seconds(function: Callable[..., object], *arguments: object) -> float:

@@ -4,6 +4,7 @@ Blocks are random codes with a scale that gives weights of standard deviation 1/
 that activations stay in range. Written matrix by matrix: a 13B file takes little memory to make.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from zo_gguf.mask import Mask, MaskHeader
 
 DENSITY = 1e-3
 QUANTS = ("Q4_0", "Q4_K_M")
+TINY_QUANTS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")  # of tiny-llama, against autograd
+_MOST_RANDOM = 1 << 26  # bytes of a matrix that are drawn; then they repeat
 Type = gguf.GGMLQuantizationType
 # type -> bytes of a block, weights in it, where its f16 scales lie, and those for a spread of 1:
 # codes -8..7 of Q4_0 have a standard deviation of 4.6; Q4_K has two 6-bit factors in between, and
@@ -116,11 +119,19 @@ def random_blocks(
 ) -> NDArray[np.uint8]:
     """A quantized matrix with random codes, uint8 (rows, bytes of a row)."""
     block_bytes, _, offset, scales = _BLOCKS[kind]
-    data = np.frombuffer(rng.bytes(int(np.prod(_stored_shape(kind, sizes)))), np.uint8)
-    blocks = data.reshape(-1, block_bytes).copy()
+    n_bytes = int(np.prod(_stored_shape(kind, sizes)))
+    drawn = np.frombuffer(rng.bytes(min(n_bytes, _MOST_RANDOM)), np.uint8)
+    blocks = np.resize(drawn, n_bytes).reshape(-1, block_bytes)
     scale = (np.array(scales) / np.sqrt(sizes[1])).astype(np.float16)
     blocks[:, offset : offset + scale.nbytes] = scale.view(np.uint8)
     return blocks.reshape(_stored_shape(kind, sizes))
+
+
+def open_random(path: Path) -> GgufFile:
+    """A file that `write_model` wrote, with its name for a hash: reading gigabytes takes longer."""
+    file = GgufFile(path)
+    vars(file)["_sha256"] = hashlib.sha256(path.name.encode()).hexdigest()  # as once computed
+    return file
 
 
 def make_mask(gguf_file: GgufFile, kind: str) -> Mask:

@@ -6,6 +6,7 @@ in containers, where process ids are hidden, it is by how much all used memory g
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -135,7 +136,9 @@ def _add_size(watch: Watch, line: str) -> None:
         watch.in_use.append(int(line) * _MIB)
 
 
-def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict[str, Any]:
+def run_job(
+    script: str, job: dict[str, Any], cuda_graphs: bool = False, seconds: float = math.inf
+) -> dict[str, Any]:
     """Run a job; its result, with "memory" (bytes) and "memory_by" where a GPU was watched.
 
     A job that crashes gives {"error": ...} like one that fails in words.
@@ -147,6 +150,7 @@ def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict
             timed.
         cuda_graphs: Whether llama.cpp may use CUDA graphs: a callback cuts a decode into hundreds
             of pieces, and each would be recorded as a graph of its own.
+        seconds: After which it is killed.
     """
     command = [sys.executable, str(TOOLS / script), json.dumps(job)]
     # CUDA's numbers are to be nvidia-smi's.
@@ -166,7 +170,12 @@ def run_job(script: str, job: dict[str, Any], cuda_graphs: bool = False) -> dict
             errors="replace",
             env=environment,
         ) as process:
-            out, err = process.communicate()
+            try:
+                out, err = process.communicate(timeout=None if math.isinf(seconds) else seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+                err += f"\nerror: not done in the {seconds:.0f} s that were left"
         result = _result(out, err, process.returncode)
         peak = watch.peak(process.pid)
     if peak is not None:

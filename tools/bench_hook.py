@@ -80,12 +80,20 @@ def make_examples(n: int, length: int, vocab: int = SHAPE.vocab) -> list[Example
 
 
 class Plain:
-    """Stock llama.cpp without a callback, decoding the same batch as the engine."""
+    """Stock llama.cpp without a callback, decoding the same batch as the engine.
+
+    With `model`, llama.cpp's handle, in a context beside others of the same weights.
+    """
 
     def __init__(
-        self, path: Path, examples: list[Example], n_threads: int, n_gpu_layers: int = 0
+        self,
+        path: Path,
+        examples: list[Example],
+        n_threads: int,
+        n_gpu_layers: int = 0,
+        model: object = None,
     ) -> None:
-        self.model = load_model(path, n_gpu_layers)
+        self.model = model or load_model(path, n_gpu_layers)
         self.batch = lay_out(build_request(examples).sequences, 1, padded=False)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.batch.tokens.size

@@ -134,7 +134,14 @@ def cmake_hints(toolkit: Toolkit, packages: Iterable[Path]) -> list[str]:
     Raises:
         NoCudaError: There is no cuBLAS.
     """
-    return [*_cublas_hints(toolkit, packages), *_driver_hints(toolkit)]
+    return [*_cublas_hints(toolkit, packages), *_driver_hints(toolkit), *_runtime_hints(toolkit)]
+
+
+def _runtime_hints(toolkit: Toolkit) -> list[str]:
+    """Where the loader finds cudart, which not every machine has told it."""
+    folders = [toolkit.root / folder for folder in _LIBRARY_FOLDERS]
+    found = [str(folder) for folder in folders if (folder / "libcudart.so").exists()]
+    return [f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,{folder}" for folder in found[:1]]
 
 
 def _cublas_hints(toolkit: Toolkit, packages: Iterable[Path]) -> list[str]:

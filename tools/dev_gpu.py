@@ -5,17 +5,25 @@
     python3 tools/dev.py gpu check [ARGS]    the tests marked cuda, and under compute-sanitizer
     python3 tools/dev.py gpu bench [ARGS]    tools/bench_gpu.py; tables and a plot in gpu-results/
 
-No network is needed where tools/pack_gpu_kit.py's archive is unpacked over the checkout; without it
-pip fetches what is missing. .venv-gpu sees the packages of the Python that runs this, torch and
-transformers among them. Every stage may be stopped, and goes on where it was.
+    --out DIR                                for results, instead of gpu-results/
+    --budget SECONDS                         stop in time, on a machine that is lent by the minute
+
+All three together measure what the targets speak of before they check. No network is needed where
+tools/pack_gpu_kit.py's archive is unpacked over the checkout; without it pip fetches what is
+missing. .venv-gpu sees the packages of the Python that runs this, torch and transformers among
+them. Every stage may be stopped, and goes on where it was.
 """
 
 from __future__ import annotations  # so that an old Python gets as far as being told
 
+import argparse
+import contextlib
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dev
@@ -26,14 +34,20 @@ RESULTS = dev.ROOT / "gpu-results"
 STAGES = ("build", "check", "bench")
 _SANITIZED = 86  # exit code by which compute-sanitizer says that it found something
 _NO_TESTS = 5  # pytest's
+_TIME_IS_UP = 124  # as `timeout` has it
 _ON_GPU = re.compile(r"mark\.cuda|\bdevice: int")  # tests marked, and those that any device runs
 _UNWATCHABLE = "Device not supported"  # compute-sanitizer, in some virtual machines
 
 
 def main(arguments: list[str]) -> int:
     """Run one stage or, without arguments, all of them."""
-    stage, *rest = arguments or ["all"]
-    if stage not in (*STAGES, "all") or (rest and stage == "build"):
+    parser = argparse.ArgumentParser(prog="dev.py gpu", add_help=False, allow_abbrev=False)
+    parser.add_argument("stage", nargs="?", default="all")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--budget", type=float, default=math.inf)
+    options, rest = parser.parse_known_args(arguments)
+    stage, end = options.stage, time.monotonic() + options.budget
+    if stage not in (*STAGES, "all") or (rest and stage in ("build", "all")):
         print(__doc__)
         return 2
     if sys.platform != "linux":
@@ -55,23 +69,26 @@ def main(arguments: list[str]) -> int:
     if stage == "build":
         return 0
     if stage == "bench":
-        return bench(rest)
+        return bench(rest, options.out, end)
     if stage == "check":
-        return check(rest, toolkit)
+        return check(rest, toolkit, options.out, end)
     sources = [file for name in ("tests", "zo_gguf") for file in (dev.ROOT / name).rglob("*.py")]
     tested = dev.digest(sorted(sources), read_stamp("libzo") or "")
-    checked = 0
+    worst = bench(["--first"], options.out, end)
     if read_stamp("check") != tested:
-        checked = check([], toolkit)
+        checked = check([], toolkit, options.out, end)
         if checked == 0:
             write_stamp("check", tested)
-    return max(checked, bench([]))
+        worst = max(worst, checked)
+    return max(worst, bench([], options.out, end))
 
 
 # --- check ---------------------------------------------------------------------------------------
 
 
-def check(arguments: list[str], toolkit: dev_cuda.Toolkit) -> int:
+def check(
+    arguments: list[str], toolkit: dev_cuda.Toolkit, results: Path, end: float = math.inf
+) -> int:
     """Run the tests marked cuda, then those named sanitize again under compute-sanitizer."""
     files = [
         str(file.relative_to(dev.ROOT))
@@ -83,7 +100,7 @@ def check(arguments: list[str], toolkit: dev_cuda.Toolkit) -> int:
         return 2
     # Warnings of packages in versions that are not the pinned ones are no failures here.
     pytest = [str(PYTHON), "-m", "pytest", "-W", "default", "-m", "cuda", *files]
-    worst = run("tests", [*pytest, *arguments])
+    worst = run("tests", [*pytest, *arguments], end=end)
     sanitizer = dev_cuda.find_sanitizer(toolkit)
     if sanitizer is None:
         dev.say("compute-sanitizer is neither on the PATH nor beside nvcc: skipped")
@@ -94,27 +111,31 @@ def check(arguments: list[str], toolkit: dev_cuda.Toolkit) -> int:
         command = [sanitizer, "--tool", tool, "--error-exitcode", str(_SANITIZED)]
         command += [only, "kns=_ZN2zo"]  # our kernels: all of llama.cpp's would take hours
         command += ["--target-processes", "all", *pytest, "-k", "sanitize"]
-        worst = max(worst, run(tool, command, RESULTS / f"{tool}.txt"))
+        worst = max(worst, run(tool, command, results / f"{tool}.txt", end))
     return worst
 
 
-def run(what: str, command: list[str], log: Path | None = None) -> int:
-    """Run a program of the check; with a log, show only the end of what it says."""
-    text = ""
-    if log is None:
-        code = subprocess.run(command, cwd=dev.ROOT, env=environment(), check=False).returncode
-    else:
-        log.parent.mkdir(exist_ok=True)
-        with log.open("w", encoding="utf-8") as stream:
-            done = subprocess.run(
-                command, cwd=dev.ROOT, env=environment(), stdout=stream, stderr=subprocess.STDOUT
-            )
-        code, text = done.returncode, log.read_text(encoding="utf-8", errors="replace")
-        print("\n".join(text.splitlines()[-12:]), flush=True)
+def run(what: str, command: list[str], log: Path | None = None, end: float = math.inf) -> int:
+    """Run a program of the check until `end`; with a log, show only the end of what it says."""
+    left = None if math.isinf(end) else max(0.0, end - time.monotonic())
+    with contextlib.ExitStack() as stack:
+        stream = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(log.open("w", encoding="utf-8"))
+        try:
+            code = subprocess.run(
+                command, cwd=dev.ROOT, env=environment(), timeout=left, stdout=stream, stderr=stream
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = _TIME_IS_UP
+    text = log.read_text(encoding="utf-8", errors="replace") if log is not None else ""
+    print("\n".join(text.splitlines()[-12:]), flush=True)
     if _UNWATCHABLE in text:
         dev.say(f"{what}: compute-sanitizer cannot watch this device: skipped")
         return 0
     verdicts = {0: "ok", _SANITIZED: f"found errors, see {log}", _NO_TESTS: "found no test to run"}
+    verdicts[_TIME_IS_UP] = "stopped, as time is up"
     dev.say(f"{what}: {verdicts.get(code, f'failed with exit code {code}')}")
     return code
 
@@ -122,9 +143,11 @@ def run(what: str, command: list[str], log: Path | None = None) -> int:
 # --- bench ---------------------------------------------------------------------------------------
 
 
-def bench(arguments: list[str]) -> int:
+def bench(arguments: list[str], results: Path, end: float = math.inf) -> int:
     """Run what is left of the benchmarks; delete the results folder to measure everything anew."""
-    command = [str(PYTHON), "tools/bench_gpu.py", "--out", str(RESULTS), *arguments]
+    command = [str(PYTHON), "tools/bench_gpu.py", "--out", str(results), *arguments]
+    if not math.isinf(end):
+        command += ["--budget", f"{max(1.0, end - time.monotonic()):.0f}"]
     return run("bench", command)
 
 
@@ -134,7 +157,8 @@ def environment() -> dict[str, str]:
     Tests that need a GPU fail there where they would be skipped elsewhere.
     """
     path = f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    changed = dict(os.environ, PATH=path, ZO_NEED_GPU="1")
+    changed = dict(os.environ, PATH=path, ZO_NEED_GPU="1", HF_HUB_OFFLINE="1")
+    changed["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of the system are not ours
     if (KIT / "cache").is_dir():
         changed["XDG_CACHE_HOME"] = str(KIT / "cache")
     return changed

@@ -205,10 +205,14 @@ def build_engine(environment: dict[str, str], hints: list[str]) -> None:
     pip(title, ["wheel", *options], environment | {"CMAKE_ARGS": given})
     (wheel,) = wheels.glob("*.whl")
     pip("the engine", ["install", "--no-deps", "--force-reinstall", "--no-index", str(wheel)])
-    if subprocess.run([str(PYTHON), "-c", _OFFLOADS], cwd=VENV, check=False).returncode:
+    command = [str(PYTHON), "-c", _OFFLOADS]
+    tried = subprocess.run(command, cwd=VENV, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        said = tried.stderr.strip().splitlines()[-1:]
         raise dev.SetupError(
-            "llama-cpp-python was built, but finds no GPU; see that driver and CUDA toolkit are of "
-            f"versions that go together, delete {VENV} and run this again."
+            f"llama-cpp-python was built, but finds no GPU ({''.join(said) or 'no reason given'}); "
+            "see that driver and CUDA toolkit are of versions that go together, delete "
+            f"{VENV} and run this again."
         )
 
 
