@@ -40,13 +40,25 @@ public:
         if (tables_.size() > 16) {  // batches of many sizes came by
             tables_.clear();
         }
-        std::vector<column_tile> tiles = tiles_of(ranges, n_together);
-        mirror<column_tile> &    kept  = tables_[{ n_together, ranges.empty() ? 0 : ranges.back().end }];
-        return { kept.follow(tiles, stream), (int64_t) tiles.size() };
+        kept_table & kept = tables_[{ n_together, ranges.empty() ? 0 : ranges.back().end }];
+        if (kept.ranges != ranges) {
+            const std::vector<column_tile> tiles = tiles_of(ranges, n_together);
+            kept.ranges.clear();  // should the copy fail
+            kept.n      = (int64_t) tiles.size();
+            kept.data   = kept.tiles.follow(tiles, stream);
+            kept.ranges = ranges;
+        }
+        return { kept.data, kept.n };
     }
 
 private:
-    std::map<std::pair<int64_t, int64_t>, mirror<column_tile>> tables_;
+    struct kept_table {
+        std::vector<column_range> ranges;
+        mirror<column_tile>       tiles;
+        const column_tile *       data = nullptr;
+        int64_t                   n    = 0;
+    };
+    std::map<std::pair<int64_t, int64_t>, kept_table> tables_;
 };
 
 struct branch_factors {

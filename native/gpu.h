@@ -24,6 +24,10 @@ namespace zo {
 struct column_range {
     int64_t first, end;
     int32_t branch;
+
+    bool operator==(const column_range & other) const {
+        return first == other.first && end == other.end && branch == other.branch;
+    }
 };
 
 // One device. Everything is queued on a stream of its own; what the caller reads or the engine goes on to

@@ -147,14 +147,22 @@ using zo::fail;
 using zo::guarded;
 
 void zo_store::fill_noise(uint64_t seed, float * z) const {
-    constexpr int64_t chunk = 1 << 14;
+    struct chunk {
+        const zo::sparse_weight * weight;
+        int64_t                   first, n;
+    };
+    // Of all weights together: one has too few entries for many threads.
+    constexpr int64_t  most = 1 << 14;
+    std::vector<chunk> chunks;
     for (const zo::sparse_weight & w : weights) {
-        zo::parallel_for((w.nnz() + chunk - 1) / chunk, n_threads, [&](int64_t c, int) {
-            const int64_t first = c * chunk;
-            const int64_t n     = std::min(chunk, w.nnz() - first);
-            zo::noise_range(distribution, seed, w.id, first, n, z + w.offset + first);
-        });
+        for (int64_t first = 0; first < w.nnz(); first += most) {
+            chunks.push_back({ &w, first, std::min(most, w.nnz() - first) });
+        }
     }
+    zo::parallel_for((int64_t) chunks.size(), n_threads, [&](int64_t i, int) {
+        const chunk & c = chunks[(size_t) i];
+        zo::noise_range(distribution, seed, c.weight->id, c.first, c.n, z + c.weight->offset + c.first);
+    });
 }
 
 const float * zo_store::noise(uint64_t seed) {

@@ -84,10 +84,10 @@ def test_masks_hold_a_thousandth(tmp_path: Path, kind: str) -> None:
 def test_every_stage_runs_and_a_second_call_measures_nothing(
     options: Namespace, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    sys.argv += ["--only", "memory,step,batch,torch"]
+    sys.argv += ["--only", "memory,step,batch,logits,torch"]
     assert bench_gpu.main() == 0
     text = capsys.readouterr().out
-    assert text.count("###") == 4
+    assert text.count("###") == 5
     assert "Not the full sizes" in text
     assert not list(options.work.glob("*.gguf"))
     assert {file.suffix for file in options.out.iterdir()} == {".json", ".md", ".png"}

@@ -51,12 +51,24 @@ def test_blocks_do_not_change_the_bits(
 ) -> None:
     results = []
     for size in (1 << 17, block):
-        monkeypatch.setattr("zo_gguf.optimizer._BLOCK", size)
+        monkeypatch.setattr("zo_gguf.parallel._BLOCK", size)
         optimizer, theta = OPTIMIZERS[name](N), np.ones(N, np.float32)
         for g in gradients(5):
             optimizer.update(theta, g, 0.05)
         results.append(theta.tobytes())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("block", [1, 7, N - 1, N])
+def test_estimates_are_means_in_any_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = dict(enumerate(gradients(3)))
+    directions = [Direction(seed, 0, 1.0, 0.5, 0.3 - seed) for seed in z]
+    monkeypatch.setattr("zo_gguf.parallel._BLOCK", block)
+    found = gradient_estimate(directions, lambda seed, _: z[seed])
+    mean = sum(d.projected_grad * z[d.seed].astype(np.float64) for d in directions) / len(z)
+    np.testing.assert_allclose(found, mean, atol=1e-6)
+    monkeypatch.undo()
+    assert found.tobytes() == gradient_estimate(directions, lambda seed, _: z[seed]).tobytes()
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))

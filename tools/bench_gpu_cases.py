@@ -8,7 +8,7 @@ from typing import Any
 
 from bench_gpu_model import SHAPES, TINY_QUANTS, Shape
 
-STAGES = ("correctness", "memory", "step", "batch", "torch")
+STAGES = ("correctness", "memory", "step", "batch", "logits", "torch")
 # A mask on few lines fits beside the products and into an adapter, one anywhere only beside them,
 # and gains of norms, what `tune` trains without a mask, beside the norms.
 PATHS = (("lines", "hook"), ("lines", "adapter"), ("uniform", "hook"), ("norm", "hook"))
@@ -25,7 +25,7 @@ _THEN = (
     r"correctness|replay",
     r"memory 13B \S+ (plain|lines hook)$",
     r"batch .*x(32|128)$",
-    r"torch",
+    r"torch|logits",
     r"(memory|step) 7B",
     r"memory|step",
     r"batch",
@@ -58,6 +58,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         "memory": memory_cases,
         "step": step_cases,
         "batch": batch_cases,
+        "logits": logits_cases,
         "torch": torch_cases,
     }
     wanted = [stage for stage in STAGES if stage in options.only]
@@ -130,6 +131,14 @@ def batch_cases(options: argparse.Namespace) -> Iterator[Case]:
             }  # fmt: skip
             key = f"batch {size} {options.quants[0]} {options.kv_layout} {examples}x{tokens}"
             yield Case("batch", key, job)
+
+
+def logits_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Probes of rows whose tokens all count, their logits left on the device or copied."""
+    size, quant = options.sizes[0], options.quants[0]
+    for place in ("device", "host"):
+        job = of_model(options, size, quant) | {"job": "logits", "mask": "lines", "path": "hook"}
+        yield Case("logits", f"logits {size} {quant} {place}", job | {"logits": place})
 
 
 def torch_cases(options: argparse.Namespace) -> Iterator[Case]:

@@ -157,6 +157,24 @@ def batch(job: Job) -> Result:
     return found
 
 
+def logits(job: Job) -> Result:
+    """Seconds of a probe in which every token counts; where its logits go is up to the job."""
+    from zo_gguf import discard
+    from zo_gguf.dataset import Example
+    from zo_gguf.engine import Probe
+
+    discard._MOST_BYTES = 1 << 40 if job["logits"] == "device" else 0
+    discard._SHARE = 1
+    engine, _ = _tuner(job)
+    rng, n = np.random.default_rng(2), job["tokens"] + 1
+    rows = [rng.integers(3, job["shape"]["vocab"], n).tolist() for _ in range(job["examples"])]
+    examples = [Example(row, [False] + [True] * (n - 1)) for row in rows]
+    engine.losses(examples, [Probe(7, 1e-3)])
+    seconds = [_seconds(engine.losses, examples, [Probe(7, 1e-3)]) for _ in range(job["rounds"])]
+    engine.close()
+    return {"seconds": _quartiles(seconds), "counted": job["examples"] * (n - 1)}
+
+
 def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     """An engine with something to train, and a function that makes an spsa step with adam."""
     from bench_gpu_model import open_random
@@ -234,6 +252,7 @@ JOBS: dict[str, Callable[[Job], Result]] = {
     "memory": memory,
     "step": step,
     "batch": batch,
+    "logits": logits,
 }
 
 

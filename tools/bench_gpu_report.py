@@ -22,6 +22,7 @@ def tables(machine: Mapping[str, str], cases: Entries) -> str:
         "Peak memory of a process": _memory,
         "A step against two plain forward passes": _step,
         "Two probes in one decode and in two": _batch,
+        "A probe in which every token counts": _logits,
         "The same step in PyTorch": _torch,
     }
     for title, maker in makers.items():
@@ -160,6 +161,20 @@ def _batch(cases: Entries) -> Iterator[list[str]]:
             f"{'one decode' if result['chosen'] == 2 else 'two decodes'}",
             "yes" if result["within"] else "NO",
         ]
+
+
+def _logits(cases: Entries) -> Iterator[list[str]]:
+    header = ["model", "logits", "counted tokens", "ms", "quartiles"]
+    yield header
+    for key, _, result in _of(cases, "logits"):
+        _, size, quant, place = key.split()
+        where = {"device": "stay on the device", "host": "are copied to the host"}[place]
+        if "error" in result:
+            yield _failed([f"{size} {quant}", where], result, len(header))
+            continue
+        low, middle, high = (1e3 * seconds for seconds in result["seconds"])
+        counted, quartiles = str(result["counted"]), f"{low:.1f} to {high:.1f}"
+        yield [f"{size} {quant}", where, counted, f"{middle:.1f}", quartiles]
 
 
 def _torch(cases: Entries) -> Iterator[list[str]]:

@@ -8,18 +8,22 @@ import ctypes
 from typing import Any
 
 import llama_cpp
+import psutil
 
 from zo_gguf.handles import address
 from zo_gguf.native import Library
 
-# llama.cpp reserves host memory for all that a sampler could give; more than this is not worth it.
+# llama.cpp reserves host memory for all that a sampler could give: so much, and of what is free at
+# most one part in _SHARE, is worth it.
 _BYTES_PER_LOGIT = 16
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 1 << 30
+_SHARE = 8
 
 
 def worth_discarding(n_logits: int) -> bool:
     """Whether the copies that are saved are worth what llama.cpp reserves for samplers."""
-    return n_logits * _BYTES_PER_LOGIT <= _MOST_BYTES
+    most = min(_MOST_BYTES, int(psutil.virtual_memory().available) // _SHARE)
+    return n_logits * _BYTES_PER_LOGIT <= most
 
 
 class Discard:

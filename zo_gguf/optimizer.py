@@ -5,7 +5,6 @@ trajectory gives the same bits on any machine. The state costs 0, 4 and 8 bytes 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +12,10 @@ from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
 from zo_gguf.options import nearest
+from zo_gguf.parallel import in_blocks
 from zo_gguf.trajectory import Direction
 
 Vector = NDArray[np.float32]
-_BLOCK = 1 << 17  # entries whose arrays stay in a core's cache
 _STEP_FRACTION = 0.3  # of the reach; the best of several, see tools/LOG.md
 _SLOPES = 16  # of rows that a step measures, for which it holds
 _SHORT = 16_000  # slopes of a run up to which it holds
@@ -37,21 +36,22 @@ def gradient_estimate(
     """Mean over directions of projected_grad * z(seed, signs), float32 (nnz,)."""
     scale = 1.0 / len(directions)
     first, *others = directions
-    total = np.float32(first.projected_grad * scale) * noise(first.seed, first.signs)
+    z = noise(first.seed, first.signs)
+    total = np.empty_like(z)
+
+    def begin(part: slice) -> None:
+        np.multiply(np.float32(first.projected_grad * scale), z[part], out=total[part])
+
+    in_blocks(total.size, begin)
     for direction in others:
+        share = np.float32(direction.projected_grad * scale)
         z = noise(direction.seed, direction.signs)
-        total += np.float32(direction.projected_grad * scale) * z
+
+        def add(part: slice, share: np.float32 = share, z: Vector = z) -> None:
+            total[part] += share * z[part]
+
+        in_blocks(total.size, add)
     return total
-
-
-def _in_blocks(n: int, update: Callable[[slice], None]) -> None:
-    """Call `update` for parts of n entries; those of a large model on all cores."""
-    parts = [slice(first, min(n, first + _BLOCK)) for first in range(0, n, _BLOCK)]
-    if len(parts) == 1:
-        update(parts[0])
-        return
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(update, parts))
 
 
 class Sgd:
@@ -62,7 +62,11 @@ class Sgd:
 
     def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
         """Change theta, (nnz,), in place."""
-        theta -= np.float32(lr) * gradient
+
+        def update(part: slice) -> None:
+            theta[part] -= np.float32(lr) * gradient[part]
+
+        in_blocks(theta.size, update)
 
 
 class Momentum:
@@ -75,10 +79,14 @@ class Momentum:
 
     def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
         """Change theta, (nnz,), in place."""
-        m = self.state["m"]
-        m *= np.float32(self.beta)
-        m += np.float32(1 - self.beta) * gradient
-        theta -= np.float32(lr) * m
+
+        def update(part: slice) -> None:
+            m = self.state["m"][part]
+            m *= np.float32(self.beta)
+            m += np.float32(1 - self.beta) * gradient[part]
+            theta[part] -= np.float32(lr) * m
+
+        in_blocks(theta.size, update)
 
 
 class Adam:
@@ -112,7 +120,7 @@ class Adam:
             step *= np.float32(lr / (1 - decay[0]))
             theta[part] -= step
 
-        _in_blocks(theta.size, update)
+        in_blocks(theta.size, update)
 
 
 OPTIMIZERS: dict[str, Callable[[int], Optimizer]] = {

@@ -16,6 +16,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Gain, Hook, InPlace, LowRank, Store
 from zo_gguf.native import FLOATS, Library
+from zo_gguf.parallel import in_blocks
 from zo_gguf.scales import field_of
 
 Vector = NDArray[np.float32]
@@ -166,7 +167,9 @@ class Parameters:
         """
         if theta.shape != self._theta.shape:
             raise ZoError(f"theta has shape {theta.shape}, but {self.size} entries are trainable.")
-        if not np.isfinite(theta).all():
+        finite: list[bool] = []
+        in_blocks(theta.size, lambda part: finite.append(bool(np.isfinite(theta[part]).all())))
+        if not all(finite):
             raise ZoError("theta has NaN or infinite values; lower --learning-rate or --eps.")
         self._theta[:] = theta
         self.step = self.step if step is None else step

@@ -1,0 +1,26 @@
+"""Element by element work on long vectors, on all cores: numpy itself uses one."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+_BLOCK = 1 << 17  # entries whose arrays stay in a core's cache
+
+
+def in_blocks(n: int, work: Callable[[slice], None]) -> None:
+    """Call `work` for slices that together are [0, n); those of a long range in several threads.
+
+    Args:
+        n: Length of the vectors.
+        work: May run in any thread and order, so it must touch its slice alone.
+    """
+    parts = [slice(first, min(n, first + _BLOCK)) for first in range(0, n, _BLOCK)]
+    if len(parts) == 1:
+        work(parts[0])
+        return
+    list(_threads().map(work, parts))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="zo-gguf")
