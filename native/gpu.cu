@@ -70,6 +70,8 @@ struct branch_factors {
 struct lowrank_copy {
     std::vector<branch_factors> branches;
     mirror<factors_on_gpu>      table;
+    device_array<float>         masters;
+    uint64_t                    version = 0;  // of the masters
 };
 
 struct inplace_copy {
@@ -116,25 +118,15 @@ public:
         filled_ = {};
     }
 
-    void add_lowrank(const lowrank_weight & weight, const columns & x, const columns & y,
-                     const std::vector<column_range> & ranges) override {
+    void add_lowrank(const zo_lowrank & lowrank, const lowrank_weight & weight, const columns & x,
+                     const columns & y, const std::vector<column_range> & ranges) override {
         const on_device here(device_);
-        check_branches(ranges, weight.branches.size());
-        lowrank_copy & copy = lowrank_[weight.id];
-        copy.branches.resize(std::max(copy.branches.size(), weight.branches.size()));
-        std::vector<factors_on_gpu> factors(weight.branches.size());
-        for (size_t b = 0; b < factors.size(); ++b) {
-            const lowrank_factors & now  = weight.branches[b];
-            branch_factors &        kept = copy.branches[b];
-            if (kept.version != now.version) {
-                kept.left.upload(now.left.data(), now.left.size(), queue_.stream);
-                kept.right.upload(now.right.data(), now.right.size(), queue_.stream);
-                kept.rank    = now.rank;
-                kept.version = now.version;
-            }
-            factors[b] = { kept.left.data(), kept.right.data(), kept.rank };
-        }
-        const tile_tables::table tiles = tiles_.of(ranges, LOWRANK_TOGETHER, queue_.stream);
+        check_branches(ranges, lowrank.n_branches(weight));
+        lowrank_copy &                    copy    = lowrank_[weight.id];
+        const std::vector<factors_on_gpu> factors = weight.masters.rank > 0
+                                                        ? moved_factors(lowrank, weight, copy, ranges)
+                                                        : copied_factors(weight, copy);
+        const tile_tables::table          tiles   = tiles_.of(ranges, LOWRANK_TOGETHER, queue_.stream);
         if (tiles.n == 0) {
             return;
         }
@@ -215,6 +207,49 @@ private:
         return *copy;
     }
 
+    std::vector<factors_on_gpu> copied_factors(const lowrank_weight & weight, lowrank_copy & copy) {
+        copy.branches.resize(std::max(copy.branches.size(), weight.branches.size()));
+        std::vector<factors_on_gpu> factors(weight.branches.size());
+        for (size_t b = 0; b < factors.size(); ++b) {
+            const lowrank_factors & now  = weight.branches[b];
+            branch_factors &        kept = copy.branches[b];
+            if (kept.version != now.version) {
+                kept.left.upload(now.left.data(), now.left.size(), queue_.stream);
+                kept.right.upload(now.right.data(), now.right.size(), queue_.stream);
+                kept.rank    = now.rank;
+                kept.version = now.version;
+            }
+            factors[b] = { kept.left.data(), kept.right.data(), kept.rank };
+        }
+        return factors;
+    }
+
+    // Made anew for every product, in memory that all weights share: only the masters are kept.
+    std::vector<factors_on_gpu> moved_factors(const zo_lowrank & lowrank, const lowrank_weight & weight,
+                                              lowrank_copy & copy, const std::vector<column_range> & ranges) {
+        const lowrank_masters & now  = weight.masters;
+        const size_t            size = now.values.size();
+        if (copy.version != now.version) {
+            copy.masters.upload(now.values.data(), size, queue_.stream);
+            copy.version = now.version;
+        }
+        size_t n = 0;
+        for (const column_range & range : ranges) {
+            n = std::max(n, (size_t) range.branch + 1);
+        }
+        moved_.reserve(n * size);
+        const masters_on_gpu masters{ copy.masters.data(), now.rank * weight.n_cols, (int64_t) size,
+                                      now.factor, now.tensor };
+        move_on_gpu(queue_, lowrank.distribution, masters, probes_.follow(lowrank.probes, queue_.stream),
+                    (int32_t) n, moved_.data());
+        std::vector<factors_on_gpu> factors;
+        for (size_t b = 0; b < n; ++b) {
+            const float * right = moved_.data() + b * size;
+            factors.push_back({ right + masters.n_right, right, now.rank });
+        }
+        return factors;
+    }
+
     // Kernels index without looking.
     static void check_branches(const std::vector<column_range> & ranges, size_t n) {
         for (const column_range & range : ranges) {
@@ -257,9 +292,9 @@ private:
         size_t                first = 0, n = 0;
     } filled_;
 
-    device_array<float> theta_, values_;
+    device_array<float> theta_, values_, moved_;
     uint64_t            theta_version_ = 0;
-    mirror<zo_branch>   branches_;
+    mirror<zo_branch>   branches_, probes_;
 
     // By the weights' ids.
     std::map<uint32_t, std::unique_ptr<sparse_on_gpu>> sparse_;

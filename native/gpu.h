@@ -42,11 +42,11 @@ struct gpu {
     // As sparse_apply, lowrank_apply and gain_apply, on columns in the device's memory.
     virtual void add_sparse(const zo_store & store, const sparse_weight & weight,
                             const std::vector<zo_branch> & branches, const columns & x, const columns & y,
-                            const std::vector<column_range> & ranges)  = 0;
-    virtual void add_lowrank(const lowrank_weight & weight, const columns & x, const columns & y,
-                             const std::vector<column_range> & ranges) = 0;
+                            const std::vector<column_range> & ranges)                     = 0;
+    virtual void add_lowrank(const zo_lowrank & lowrank, const lowrank_weight & weight, const columns & x,
+                             const columns & y, const std::vector<column_range> & ranges) = 0;
     virtual void multiply(const gain_weight & weight, const columns & y,
-                          const std::vector<column_range> & ranges)    = 0;
+                          const std::vector<column_range> & ranges)                       = 0;
 
     // As negative_log_likelihoods; waits for the result.
     virtual void losses(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,

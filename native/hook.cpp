@@ -163,7 +163,7 @@ void zo_hook::add(const overlays & added, int32_t branch, const zo::columns & x,
         zo::sparse_apply(*added.sparse, values, x, y, first, end, n_threads, scratch);
     }
     if (added.lowrank != nullptr) {
-        const zo::lowrank_factors & factors = added.lowrank->branches.at((size_t) branch);
+        const zo::lowrank_factors & factors = lowrank->factors(*added.lowrank, branch);
         zo::lowrank_apply(*added.lowrank, factors, x, y, first, end, n_threads);
     }
 }
@@ -216,7 +216,7 @@ void zo_hook::add_on(zo::gpu & gpu, const overlays & added, const zo::columns & 
         gpu.add_sparse(*store, *added.sparse, branches, x, y, ranges);
     }
     if (added.lowrank != nullptr) {
-        gpu.add_lowrank(*added.lowrank, x, y, ranges);
+        gpu.add_lowrank(*lowrank, *added.lowrank, x, y, ranges);
     }
     gpu.finish();
 }

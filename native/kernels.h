@@ -92,6 +92,18 @@ constexpr int LOWRANK_TOGETHER = 8;  // tokens of a tile
 void lowrank_on_gpu(const gpu_queue & queue, const factors_on_gpu * factors, int64_t n_rows, int64_t n_cols,
                     const column_tile * tiles, int64_t n_tiles, const columns & x, const columns & y);
 
+// Trained factors of one weight: [rank][n_cols], then [rank][n_rows], which count `factor` times.
+struct masters_on_gpu {
+    const float * values;
+    int64_t       n_right, n;
+    float         factor;
+    uint32_t      tensor;
+};
+
+// moved[branch][n] = the masters + scale * z, for n_branches.
+void move_on_gpu(const gpu_queue & queue, zo_distribution distribution, const masters_on_gpu & masters,
+                 const zo_branch * branches, int32_t n_branches, float * moved);
+
 // ---- gains ------------------------------------------------------------------------------------------
 
 constexpr int GAIN_TOGETHER = 32;  // columns of a tile

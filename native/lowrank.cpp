@@ -54,12 +54,14 @@ void lowrank_apply(const lowrank_weight & weight, const lowrank_factors & factor
 using zo::fail;
 using zo::guarded;
 
-zo_status zo_lowrank_init(zo_lowrank ** lowrank) {
+zo_status zo_lowrank_init(zo_lowrank ** lowrank, zo_distribution distribution, int32_t n_threads) {
     return guarded([&] {
-        if (lowrank == nullptr) {
-            return fail(ZO_ARGUMENT, "zo_lowrank_init got a null pointer");
+        if (lowrank == nullptr || n_threads < 1) {
+            return fail(ZO_ARGUMENT, "zo_lowrank_init needs at least one thread");
         }
-        *lowrank = new zo_lowrank;
+        *lowrank                 = new zo_lowrank;
+        (*lowrank)->distribution = distribution;
+        (*lowrank)->n_threads    = n_threads;
         return ZO_OK;
     });
 }
@@ -107,13 +109,13 @@ zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, i
     });
 }
 
-zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t n_tokens,
+zo_status zo_lowrank_apply(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t n_tokens,
                            const float * x, int64_t x_stride, float * y, int64_t y_stride, int32_t n_threads,
                            int32_t device) {
     return guarded([&] {
         if (lowrank == nullptr || x == nullptr || y == nullptr || number < 0 ||
             (size_t) number >= lowrank->weights.size() || branch < 0 ||
-            (size_t) branch >= lowrank->weights[(size_t) number].branches.size() || n_tokens < 0) {
+            (size_t) branch >= lowrank->n_branches(lowrank->weights[(size_t) number]) || n_tokens < 0) {
             return fail(ZO_ARGUMENT, "zo_lowrank_apply got a weight or branch out of range");
         }
         const zo::lowrank_weight & weight = lowrank->weights[(size_t) number];
@@ -128,10 +130,10 @@ zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t n
         if (device >= 0) {
             return zo::apply_on(device, in, weight.n_cols, out, weight.n_rows,
                                 [&](zo::gpu & gpu, auto... xy) {
-                                    gpu.add_lowrank(weight, xy..., { { 0, n_tokens, branch } });
+                                    gpu.add_lowrank(*lowrank, weight, xy..., { { 0, n_tokens, branch } });
                                 });
         }
-        zo::lowrank_apply(weight, weight.branches[(size_t) branch], in, out, 0, n_tokens, n_threads);
+        zo::lowrank_apply(weight, lowrank->factors(weight, branch), in, out, 0, n_tokens, n_threads);
         return ZO_OK;
     });
 }

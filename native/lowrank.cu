@@ -2,6 +2,7 @@
 // time, and adds left times that to all rows.
 
 #include "kernels.h"
+#include "noise.h"
 
 namespace zo {
 
@@ -111,6 +112,29 @@ static __global__ void lowrank_kernel(const factors_on_gpu * factors, int64_t n_
             }
         }
     }
+}
+
+// Four values per thread and a branch per row of the grid, as zo_lowrank::factors makes them.
+static __global__ void move_kernel(masters_on_gpu masters, bool rademacher, const zo_branch * branches,
+                                   float * moved) {
+    const int64_t   index  = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
+    const zo_branch branch = branches[blockIdx.y];
+    float           z[4]   = { 0, 0, 0, 0 };
+    if (4 * index < masters.n && branch.scale != 0) {
+        noise_block(rademacher, branch.seed, masters.tensor, (uint64_t) index, z);
+    }
+    float * out = moved + (int64_t) blockIdx.y * masters.n;
+    for (int64_t i = 4 * index; i < masters.n && i < 4 * index + 4; ++i) {
+        const float value = masters.values[i] + branch.scale * z[i % 4];
+        out[i]            = i < masters.n_right ? value : masters.factor * value;
+    }
+}
+
+void move_on_gpu(const gpu_queue & queue, zo_distribution distribution, const masters_on_gpu & masters,
+                 const zo_branch * branches, int32_t n_branches, float * moved) {
+    const unsigned n_blocks = (unsigned) ((masters.n + 4 * THREADS - 1) / (4 * THREADS));
+    launch(move_kernel, dim3(n_blocks, (unsigned) n_branches), THREADS, 0, queue.stream, masters,
+           distribution == ZO_RADEMACHER, branches, moved);
 }
 
 void lowrank_on_gpu(const gpu_queue & queue, const factors_on_gpu * factors, int64_t n_rows, int64_t n_cols,

@@ -153,7 +153,7 @@ ZO_API zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch);
 
 // ---- low rank: y += left * (right * x) ---------------------------------------------------------------
 
-ZO_API zo_status zo_lowrank_init(zo_lowrank ** lowrank);
+ZO_API zo_status zo_lowrank_init(zo_lowrank ** lowrank, zo_distribution distribution, int32_t n_threads);
 ZO_API void      zo_lowrank_free(zo_lowrank * lowrank);
 ZO_API zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows, int64_t n_cols);
 
@@ -161,6 +161,14 @@ ZO_API zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t
 // right [rank][n_cols]. Copied; they stay until they are set again.
 ZO_API zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
                                 const float * left, const float * right);
+
+// The factors of the number-th weight are trained themselves, as those of a LoRA are: `masters` holds right
+// [rank][n_cols] and then left [rank][n_rows], which counts `factor` times. Copied; no zo_lowrank_set then.
+ZO_API zo_status zo_lowrank_train(zo_lowrank * lowrank, int32_t number, int64_t rank, float factor,
+                                  uint32_t tensor, const float * masters);
+
+// In a branch, all such masters are moved by scale * z(seed), z that of their `tensor` in zo_noise.
+ZO_API zo_status zo_lowrank_probe(zo_lowrank * lowrank, int32_t branch, uint64_t seed, float scale);
 
 // ---- gains: y *= factors, after an element-wise product with a weight (a norm's) ---------------------
 
@@ -206,9 +214,9 @@ ZO_API zo_status zo_store_apply(zo_store * store, const char * name, zo_branch b
                                 int32_t device);
 
 // y += left * (right * x) of the number-th weight in a branch.
-ZO_API zo_status zo_lowrank_apply(const zo_lowrank * lowrank, int32_t branch, int32_t number,
-                                  int64_t n_tokens, const float * x, int64_t x_stride, float * y,
-                                  int64_t y_stride, int32_t n_threads, int32_t device);
+ZO_API zo_status zo_lowrank_apply(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t n_tokens,
+                                  const float * x, int64_t x_stride, float * y, int64_t y_stride,
+                                  int32_t n_threads, int32_t device);
 
 // nll[n_targets] from logits [n_outputs][n_vocab] with `stride` floats between outputs.
 ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,

@@ -196,6 +196,31 @@ def test_low_rank_against_float64(
     assert len({result.tobytes() for result in results}) == 1
 
 
+@pytest.mark.parametrize("distribution", [NORMAL, RADEMACHER])
+def test_trained_factors_are_moved_by_their_noise(distribution: int, device: int) -> None:
+    (n_rows, n_cols), rank, tensor, factor = (37, 65), 3, 9, 2.0
+    trained = LowRank(native_library(), 2, distribution)
+    fixed = LowRank(native_library())
+    x, y = floats(5, n_cols), floats(5, n_rows)
+    for part in (trained, fixed):
+        part.add("w", (n_rows, n_cols))
+    for number, masters in enumerate((floats(rank * 102), floats(rank * 102, seed=4))):
+        trained.train(0, rank, factor, tensor, masters)
+        for branch, (seed, scale) in enumerate([(5, 0.3), (0, 0.0), (6, -0.3)]):
+            z = noise(distribution, seed, tensor, 0, masters.size)
+            moved = masters + np.float32(scale) * z
+            right, left = np.split(moved, [rank * n_cols])
+            fixed.set(branch, 0, factor * left.reshape(rank, -1), right.reshape(rank, -1))
+            trained.probe(branch, seed, scale)
+            found, expected = (product(p, branch, 0, x, y, 1, device) for p in (trained, fixed))
+            assert found.tobytes() == expected.tobytes(), (number, branch)
+    assert np.abs(product(trained, 0, 0, x, y) - y).max() > 0.1
+    with pytest.raises(ZoError, match="out of range"):
+        product(trained, 3, 0, x, y, 1, device)
+    trained.free()
+    fixed.free()
+
+
 def test_low_rank_factors_belong_to_a_branch_and_can_be_set_again(device: int) -> None:
     part = LowRank(native_library())
     part.add("w", (4, 6))

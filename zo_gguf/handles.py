@@ -133,6 +133,9 @@ class LowRank(_Handle):
 
     kind = "lowrank"
 
+    def __init__(self, library: Library, n_threads: int = 1, distribution: int = NORMAL) -> None:
+        super().__init__(library, distribution, n_threads)
+
     def add(self, name: str, shape: tuple[int, int]) -> None:
         """Append a weight of `shape` (n_rows, n_cols)."""
         self._call("add", self.handle, name.encode(), *shape)
@@ -143,6 +146,15 @@ class LowRank(_Handle):
         rank = left.shape[0]
         assert rank == right.shape[0]
         self._call("set", self.handle, branch, number, rank, _floats(left), _floats(right))
+
+    def train(self, number: int, rank: int, factor: float, tensor: int, masters: Vector) -> None:
+        """The number-th weight's factors are masters: right (rank, n_cols) and then, counting
+        `factor` times, left (rank, n_rows); `tensor` is their noise's number."""
+        self._call("train", self.handle, number, rank, factor, tensor, _floats(masters))
+
+    def probe(self, branch: int, seed: int, scale: float) -> None:
+        """Move all masters of `train` by scale * z(seed) in a branch."""
+        self._call("probe", self.handle, branch, seed, scale)
 
 
 class Gain(_Handle):

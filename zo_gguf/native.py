@@ -102,10 +102,12 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_inplace_values": (c_int32, (Handle, Branch, FLOATS)),
     "zo_inplace_check": (c_int32, (Handle,)),
     "zo_inplace_apply": (c_int32, (Handle, Branch)),
-    "zo_lowrank_init": (c_int32, (POINTER(Handle),)),
+    "zo_lowrank_init": (c_int32, (POINTER(Handle), c_int32, c_int32)),
     "zo_lowrank_free": (None, (Handle,)),
     "zo_lowrank_add": (c_int32, (Handle, c_char_p, c_int64, c_int64)),
     "zo_lowrank_set": (c_int32, (Handle, c_int32, c_int32, c_int64, FLOATS, FLOATS)),
+    "zo_lowrank_train": (c_int32, (Handle, c_int32, c_int64, c_float, c_uint32, FLOATS)),
+    "zo_lowrank_probe": (c_int32, (Handle, c_int32, c_uint64, c_float)),
     "zo_lowrank_apply": (
         c_int32,
         (Handle, c_int32, c_int32, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32, c_int32),

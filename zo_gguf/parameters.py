@@ -70,7 +70,7 @@ class Parameters:
                 self._in_place.add(name, field, n_bytes, theta[slices[name]])
                 del base  # copied by now
         if delta.low_rank:
-            self._low_rank = LowRank(library)
+            self._low_rank = LowRank(library, n_threads, distribution)
             for name, edit in delta.low_rank.items():
                 self._low_rank.add(name, (edit.n_rows, edit.n_cols))
         if delta.gains:
@@ -78,6 +78,7 @@ class Parameters:
             for name, gain in delta.gains.items():
                 self._gain.add(name, gain.size)
         self._live_slices = [slices[name] for name in delta.live]
+        self._write_factors()
 
     @property
     def kinds(self) -> list[str]:
@@ -177,6 +178,14 @@ class Parameters:
             self._store.write(self._theta[: self._store.size])
         if self._in_place is not None:
             self._in_place.write(np.concatenate([self._theta[part] for part in self._live_slices]))
+        self._write_factors()
+
+    def _write_factors(self) -> None:
+        """Hand factors that are trained themselves to libzo, which moves them in each branch."""
+        for number, (name, edit) in enumerate(self.delta.low_rank.items()):
+            if edit.kind == "lora" and self._low_rank is not None:
+                masters, tensor = self._theta[self._slices[name]], _FIRST_LOW_RANK + number
+                self._low_rank.train(number, edit.rank, edit.scale, tensor, masters)
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
         """z(seed), (size,), at the current theta and step, in units; the same bits everywhere.
@@ -256,6 +265,7 @@ class Parameters:
             if self._gain is not None:
                 self._set_gains(self._gain, branch, seed, scale)
             if self._low_rank is not None:
+                self._low_rank.probe(branch, seed, scale * self._unit("lora"))
                 self._set_products(self._low_rank, branch, seed, scale)
 
     def _set_gains(self, gain: Gain, branch: int, seed: int, scale: float) -> None:
@@ -268,6 +278,8 @@ class Parameters:
 
     def _set_products(self, low_rank: LowRank, branch: int, seed: int, scale: float) -> None:
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
+            if edit.kind == "lora":
+                continue
             masters = self._theta[self._slices[name]]
             if scale != 0:
                 part = edit.trained(self.step or 0)
