@@ -21,7 +21,7 @@ FIRST = (
     r"torch 7B sparse",
 )
 _THEN = (
-    r"(step|memory) 7B \S+ (plain|\w+ hook)$",
+    r"(step|memory) 7B \S+ (plain|\w+ hook)$|memory 7B \S+ lines hook half",
     r"correctness|replay",
     r"memory 13B \S+ (plain|lines hook)$",
     r"batch .*x(32|128)$",
@@ -96,7 +96,10 @@ def correctness_cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def memory_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Peak memory of plain passes, and of steps with each kind of mask and path."""
+    """Peak memory of plain passes, and of steps with each kind of mask and path.
+
+    A step's rows can also go through the model in two decodes of half the size.
+    """
     for size in options.sizes:
         for quant in options.quants:
             job = of_model(options, size, quant) | {"job": "memory"}
@@ -104,6 +107,9 @@ def memory_cases(options: argparse.Namespace) -> Iterator[Case]:
             for mask, path in PATHS:
                 tuned = job | {"kind": "tune", "mask": mask, "path": path}
                 yield Case("memory", f"memory {size} {quant} {mask} {path}", tuned)
+            half = {"kind": "tune", "mask": "lines", "path": "hook"}
+            half["ctx_tokens"] = options.examples * options.tokens // 2
+            yield Case("memory", f"memory {size} {quant} lines hook half", job | half)
 
 
 def step_cases(options: argparse.Namespace) -> Iterator[Case]:
