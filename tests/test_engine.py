@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 
+from tests.tiny_gguf import write_llama
 from zo_gguf.attach import attach, detach
 from zo_gguf.delta import Delta
 from zo_gguf.engine import Engine, Probe
@@ -212,3 +213,14 @@ def stock_loss(llama: llama_cpp.Llama, example: object) -> float:
     logits = llama.scores[example.n_prompt - 1].astype(np.float64)
     scores = logits[[choice[0] for choice in example.choices]]
     return float(np.log(np.exp(scores).sum()) - scores[example.answer])
+
+
+def test_a_file_that_llama_cpp_refuses_is_told_with_its_reason(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    assert data.count(b"llama.block_count") == 1
+    path.write_bytes(data.replace(b"llama.block_count", b"llama.block_counT"))
+    with pytest.raises(
+        ZoError, match=r"cannot load '.*m.gguf': error loading model: .*block_count"
+    ):
+        Engine(path, n_threads=1)

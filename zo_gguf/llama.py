@@ -21,7 +21,7 @@ from zo_gguf.batch import DecodeBatch
 from zo_gguf.errors import ZoError
 from zo_gguf.native import Library
 
-_WARNING = 2  # ggml_log_level
+_ERROR = 4  # ggml_log_level
 
 
 def default_threads() -> int:
@@ -40,12 +40,13 @@ def native_library() -> Library:
 
 @contextmanager
 def quiet_engine() -> Iterator[list[str]]:
-    """Keep llama.cpp's log off the terminal; yields its warnings and errors."""
+    """Keep llama.cpp's log off the terminal; yields its errors."""
     messages: list[str] = []
 
     def collect(level: int, text: bytes, _: Any) -> None:
-        if level >= _WARNING and level != 4 and text.strip(b" .\n"):  # 4: debug
-            messages.append(text.decode(errors="replace").strip())
+        if level == _ERROR:
+            line = text.decode(errors="replace").strip()
+            messages.append(line.partition(": ")[2] or line)  # without the function's name
 
     callback = llama_cpp.llama_log_callback(collect)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
