@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from zo_gguf.adjust import Adjustment, n_features
+from zo_gguf.adjust import Adjustment, n_features, required_features
 from zo_gguf.dataset import Example
+from zo_gguf.errors import ZoError
 
 
 def rows(n_choices: list[int]) -> list[Example]:
@@ -21,6 +22,13 @@ def rows(n_choices: list[int]) -> list[Example]:
 )
 def test_how_many_features(counts: list[int], per_step: int, expected: int) -> None:
     assert n_features(rows(counts), per_step) == expected
+
+
+def test_no_features_are_refused() -> None:
+    assert required_features(rows([2] * 5), 4) == 1
+    for counts in ([4, 3], [0, 0], [4] * 5):
+        with pytest.raises(ZoError, match="raise --examples-per-step, or leave it"):
+            required_features(rows(counts), 8)
 
 
 def simulate(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -220,7 +220,5 @@ def test_a_file_that_llama_cpp_refuses_is_told_with_its_reason(tmp_path: Path) -
     data = path.read_bytes()
     assert data.count(b"llama.block_count") == 1
     path.write_bytes(data.replace(b"llama.block_count", b"llama.block_counT"))
-    with pytest.raises(
-        ZoError, match=r"cannot load .*: error loading model: .*block_count"
-    ):
+    with pytest.raises(ZoError, match=r"cannot load .*: error loading model: .*block_count"):
         Engine(path, n_threads=1)

@@ -1,5 +1,6 @@
 """The search for eps, against losses whose slopes, curvature and noise are known."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zo_gguf.errors import ZoError
 from zo_gguf.noise import measure_noise, measure_units
 from zo_gguf.probe import Probe
 
@@ -49,6 +51,27 @@ class Saturating(Cubic):
     def losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> np.ndarray:
         near = [Probe(p.seed, float(np.tanh(1e3 * p.scale)) / 1e3) for p in probes]
         return super().losses(examples, near)
+
+
+class Overflowing(Cubic):
+    """No numbers beyond `limit`."""
+
+    limit = math.inf
+
+    def losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> np.ndarray:
+        found = super().losses(examples, probes)
+        found[[abs(probe.scale) > self.limit for probe in probes]] = math.nan
+        return found
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.1])  # below it is linear, all over
+def test_the_search_ends_where_losses_do(limit: int) -> None:
+    engine: Any = Overflowing(1e-6, {"weight": 0.0})
+    engine.limit = limit
+    assert 1e-3 < measure_noise(engine, [0] * 4).eps <= limit
+    engine.limit = 1e-9
+    with pytest.raises(ZoError, match="not finite at eps"):
+        measure_noise(engine, [0] * 4)
 
 
 def analytic_reach(bend: float, name: str = "weight") -> float:

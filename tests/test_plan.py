@@ -45,6 +45,26 @@ def test_parts_add_up_and_nothing_is_written(
     assert json.loads(result.render(True))["disk"] == result.disk
 
 
+def test_one_width_saves_nothing(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    given = config(tiny_export, task_dir, tmp_path / "run")
+    result = plan(dataclasses.replace(given, ctx_tokens=130, max_seq_length=120))
+    assert (result.probes_per_decode, result.fastest, result.saved) == (1, 1, 0)
+    assert "less time" not in result.render()
+
+
+def test_bases_of_subspaces_count(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    given = config(tiny_export, task_dir, tmp_path / "run")
+    given = dataclasses.replace(given, method="subspace", mask="", rank=16, refresh=50, iters=500)
+    result = plan(given)
+    bases = 8 * 4 * 160 * (4 * (256 + 256) + 3 * (256 + 688))  # bytes of at most so many values
+    assert 0.5 * bases < result.trainable < 1.5 * bases
+    assert result.disk > 3 * 0.5 * bases
+
+
 def test_too_large_a_model_is_refused(
     tiny_export: SimpleNamespace,
     task_dir: Path,

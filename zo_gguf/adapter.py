@@ -126,7 +126,7 @@ class AdapterParameters(Parameters):
         if scale != 0:
             z = self.noise(seed)
             for kind, part in self._parts:
-                live[part] += np.float32(scale * self._unit(kind)) * z[part]
+                live[part] += np.float32(scale * self.unit(kind)) * z[part]
         for number, name in enumerate(self.delta.changed):
             a, b = self._factors(name, live)
             self.tensors.set(2 * number, a)

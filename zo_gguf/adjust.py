@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.dataset import Example
+from zo_gguf.errors import ZoError
 
 _MEMORY = 0.1  # weight of the newest step in the running mean
 _FIRST_STEPS = 4  # without enough steps behind the mean, nothing is adjusted
@@ -32,6 +33,21 @@ def n_features(examples: Sequence[Example], n_rows: int) -> int:
     counts = {len(example.choices) for example in examples}
     n = counts.pop() - 1 if len(counts) == 1 else 0
     return n if 0 < n <= n_rows // _ROWS_PER_FEATURE else 0
+
+
+def required_features(examples: Sequence[Example], n_rows: int) -> int:
+    """As `n_features`.
+
+    Raises:
+        ZoError: There are none, so that --adjust would do nothing.
+    """
+    if n := n_features(examples, n_rows):
+        return n
+    raise ZoError(
+        "--adjust goes by the choices of rows that all have equally many, with at least "
+        f"{_ROWS_PER_FEATURE} rows a step for each but one; raise --examples-per-step, or leave it "
+        "out."
+    )
 
 
 class Adjustment:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from zo_gguf.errors import ZoError
 
 Vector = NDArray[np.float32]
+_LEAST_SHARE, _LEAST_STEP = 2.0**-10, 1e-7  # of a scale, as in native/inplace.h
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,20 @@ class Live:
     def size(self) -> int:
         """Number of masters."""
         return self.n_values
+
+    def confine(self, masters: Vector, base: Vector) -> None:
+        """Keep masters of scales, in place, at values that libzo would write (native/inplace.h).
+
+        Args:
+            masters: (n_values,).
+            base: The scales of the file, (n_values,); unused where masters are relative.
+        """
+        if self.relative:
+            np.maximum(masters, np.float32(_LEAST_SHARE - 1), out=masters)
+            return
+        least = np.float32(_LEAST_STEP)
+        np.maximum(masters, least, out=masters, where=base > 0)
+        np.minimum(masters, -least, out=masters, where=base < 0)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _check_tensors(base: GgufFile, delta: Delta) -> None:
     if delta.live or delta.gains:
         raise ZoError(
             f"Method {delta.header.method!r} changes weights that no LoRA can carry; "
-            "merge into a GGUF instead, which is exact."
+            "merge without --lora."
         )
     for name in delta.changed:
         reason = None
@@ -211,7 +211,9 @@ def _leading_singular(
 
 def _check_rank(delta: Delta) -> None:
     """Refuse an exact LoRA that would be larger than the matrices it changes."""
-    ranks = {name: _exact_rank(delta, name) for name in delta.changed}
+    ranks = {name: _exact_rank(delta, name) for name in delta.tensors}
+    if not ranks:  # what was trained is a LoRA, whatever its rank
+        return
     worst = max(ranks, key=lambda name: ranks[name] / min(delta.changed[name]))
     if ranks[worst] > min(delta.changed[worst]) // 2:
         n_rows, n_cols = delta.changed[worst]

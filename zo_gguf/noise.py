@@ -87,6 +87,8 @@ def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
     """
     tiny = max(_TINY, engine.parameters.resolution)
     still = _differences(engine, examples, tiny, range(1000, 1000 + _FLOOR_SEEDS))
+    if not np.isfinite(still).all():
+        raise ZoError(_not_finite(tiny))
     floor, floor_of_rows = _rms(still.mean(axis=1)), _rms(still)
     ladder: list[float] = []
     rungs: list[Array] = []  # projected gradients of every row, (n_seeds, n_rows)
@@ -94,11 +96,18 @@ def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
     eps = first = _FIRST
     with tqdm(desc="choosing eps", unit="eps", disable=None, leave=False) as bar:
         while eps <= _LAST:
-            rungs.append(_differences(engine, examples, eps, range(_SLOPE_SEEDS)) / (2 * eps))
-            means.append(rungs[-1].mean(axis=1))
-            ladder.append(eps)
+            moved = _differences(engine, examples, eps, range(_SLOPE_SEEDS))
+            finite = bool(np.isfinite(moved).all())
+            if not finite and len(means) >= 2:
+                break
+            if not finite and first <= 4 * tiny:
+                raise ZoError(_not_finite(eps))
+            if finite:
+                rungs.append(moved / (2 * eps))
+                means.append(rungs[-1].mean(axis=1))
+                ladder.append(eps)
             bar.update(1)
-            lower = len(means) == 2 and _saturates(means, ladder, floor)
+            lower = not finite or (len(means) == 2 and _saturates(means, ladder, floor))
             if len(means) > 2 and _bends(means, ladder, floor):
                 lower = _bends_at_once(means, ladder)
                 if not lower or first <= 4 * tiny:
@@ -154,12 +163,14 @@ def _differences(engine: Engine, examples: Sequence[Example], eps: float, seeds:
     """L(theta + eps z) - L(theta - eps z) of every seed and row, (n_seeds, n_rows)."""
     probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
     losses = engine.losses(examples, probes)
-    if not np.isfinite(losses).all():
-        raise ZoError(
-            f"The loss is not finite at eps {eps:g}; check the model and the data with "
-            "`zo-gguf eval`, or give a smaller --eps and a --learning-rate."
-        )
     return np.asarray(losses[0::2] - losses[1::2], np.float64)
+
+
+def _not_finite(eps: float) -> str:
+    return (
+        f"The loss is not finite at eps {eps:g}; check the model and the data with `zo-gguf eval`, "
+        "or give a smaller --eps and a --learning-rate."
+    )
 
 
 def _unrest(rungs: list[Array], ladder: list[float]) -> list[float]:

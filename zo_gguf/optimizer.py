@@ -4,6 +4,7 @@ Every operation is a single IEEE float32 operation per entry in a fixed order, s
 trajectory gives the same bits on any machine. The state costs 0, 4 and 8 bytes per entry.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -28,6 +29,20 @@ class Optimizer(Protocol):
 
     def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
         """Change theta, (nnz,), in place."""
+
+    def reset(self) -> None:
+        """Forget all gradients."""
+
+
+class _Moments:
+    """State that begins at 0, but for powers of beta, which begin at 1."""
+
+    state: dict[str, NDArray[np.floating]]
+
+    def reset(self) -> None:
+        """Forget all gradients."""
+        for name, value in self.state.items():
+            value[...] = 1 if name == "decay" else 0
 
 
 def gradient_estimate(
@@ -54,7 +69,7 @@ def gradient_estimate(
     return total
 
 
-class Sgd:
+class Sgd(_Moments):
     """theta -= lr * g."""
 
     def __init__(self, nnz: int) -> None:
@@ -69,7 +84,7 @@ class Sgd:
         in_blocks(theta.size, update)
 
 
-class Momentum:
+class Momentum(_Moments):
     """m = 0.9 m + 0.1 g, theta -= lr * m (an average of past gradients, so that lr is sgd's)."""
 
     beta = 0.9
@@ -89,7 +104,7 @@ class Momentum:
         in_blocks(theta.size, update)
 
 
-class Adam:
+class Adam(_Moments):
     """Adam (arXiv 1412.6980), beta 0.9 and 0.99, with bias correction and no weight decay."""
 
     beta1 = 0.9
@@ -138,7 +153,12 @@ def check_optimizer(name: str) -> None:
 
 
 def default_learning_rate(
-    optimizer: str, reach: float, size: float, iters: int, n_slopes: int
+    optimizer: str,
+    reach: float,
+    size: float,
+    iters: int,
+    n_slopes: int,
+    farthest: float = math.inf,
 ) -> float:
     """A learning rate that moves a weight by a certain fraction of the reach per step.
 
@@ -153,7 +173,8 @@ def default_learning_rate(
         size: Root mean square of an entry of the gradient estimate.
         iters: Steps of the run.
         n_slopes: Slopes of single rows that a step measures.
+        farthest: How far a weight may diffuse in the whole run.
     """
     share = _STEP_FRACTION * (n_slopes / _SLOPES * _SHORT / max(_SHORT, n_slopes * iters)) ** 0.5
-    distance = reach * min(1.0, share)
+    distance = min(reach * min(1.0, share), farthest / iters**0.5)
     return float(f"{distance if optimizer == 'adam' else distance / size:.2g}")

@@ -15,7 +15,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
 from zo_gguf.errors import ZoError
@@ -223,6 +223,26 @@ def hints(cls: type[Config]) -> dict[str, Any]:
 def is_required(item: "dataclasses.Field[Any]") -> bool:
     """True for an option without a default."""
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def refuse_unread(
+    config: Config, readers: Mapping[str, Sequence[str]], chosen: Sequence[str], what: str
+) -> None:
+    """Raise ZoError for an option that was given although nothing that was chosen reads it.
+
+    Args:
+        config: The options.
+        readers: Option -> what reads it.
+        chosen: What was chosen, such as the parts of "sensitive+norm".
+        what: The option by which.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    for name, known in readers.items():
+        if getattr(config, name) != defaults[name] and not set(known) & set(chosen):
+            raise ZoError(
+                f"--{name} is for --{what} {' or '.join(known)}, not {'+'.join(chosen)}; "
+                "leave it out."
+            )
 
 
 def flags(item: "dataclasses.Field[Any]") -> list[str]:

@@ -101,12 +101,13 @@ class Parameters:
         """The unit of every parameter, (size,); None where all are 1."""
         if all(unit == 1 for unit in self._units.values()):
             return None
-        result = np.full(self.size, self._unit(SPARSE), np.float32)
+        result = np.full(self.size, self.unit(SPARSE), np.float32)
         for name, edit in self.delta.edits.items():
-            result[self._slices[name]] = self._unit(self._kind(edit))
+            result[self._slices[name]] = self.unit(self._kind(edit))
         return result
 
-    def _unit(self, kind: str) -> float:
+    def unit(self, kind: str) -> float:
+        """The length of a unit step of a kind."""
         return self._units.get(kind, 1.0)
 
     @property
@@ -254,9 +255,9 @@ class Parameters:
         """
         if self._in_place is not None:
             (probe,) = probes
-            self._in_place.apply(probe[0], probe[2] * self._unit(self._live_kind))
+            self._in_place.apply(probe[0], probe[2] * self.unit(self._live_kind))
         self.prepare_beside(probes)
-        unit = self._unit(SPARSE)
+        unit = self.unit(SPARSE)
         return [(seed, signs, scale * unit) for seed, signs, scale in probes]
 
     def prepare_beside(self, probes: Sequence[BranchOf] = (AT_THETA,)) -> None:
@@ -265,7 +266,7 @@ class Parameters:
             if self._gain is not None:
                 self._set_gains(self._gain, branch, seed, scale)
             if self._low_rank is not None:
-                self._low_rank.probe(branch, seed, scale * self._unit("lora"))
+                self._low_rank.probe(branch, seed, scale * self.unit("lora"))
                 self._set_products(self._low_rank, branch, seed, scale)
 
     def _set_gains(self, gain: Gain, branch: int, seed: int, scale: float) -> None:
@@ -273,7 +274,7 @@ class Parameters:
             masters = self._theta[self._slices[name]]
             if scale != 0:
                 z = self._normal(seed, _FIRST_GAIN + number, slice(0, masters.size))
-                masters = masters + np.float32(scale * self._unit("gain")) * z
+                masters = masters + np.float32(scale * self.unit("gain")) * z
             gain.set(branch, number, 1 + masters)
 
     def _set_products(self, low_rank: LowRank, branch: int, seed: int, scale: float) -> None:
@@ -285,7 +286,7 @@ class Parameters:
                 part = edit.trained(self.step or 0)
                 masters = masters.copy()
                 z = self._normal(seed, _FIRST_LOW_RANK + number, part)
-                masters[part] += np.float32(scale * self._unit(edit.kind)) * z
+                masters[part] += np.float32(scale * self.unit(edit.kind)) * z
             low_rank.set(branch, number, *edit.factors(masters, self.step))
 
     def free(self) -> None:

@@ -106,7 +106,7 @@ def plan(config: TuneConfig) -> PlanResult:
             f"The weights take {weights / _MIB:,.0f} MiB, but {available / _MIB:,.0f} MiB of RAM "
             "are free; take a smaller quantization or close other programs."
         )
-    before = psutil.Process().memory_info().rss
+    before = psutil.Process().memory_info().rss  # with the bases of subspaces
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
@@ -122,11 +122,12 @@ def plan(config: TuneConfig) -> PlanResult:
         n_read = len(seen) if wants_soft(config, train, seen) else 0
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
-    trainable = BYTES_PER_ENTRY * state.theta.size
+    bases = sum(edit.left.nbytes + edit.right.nbytes for edit in method.start.low_rank.values())
+    trainable = BYTES_PER_ENTRY * state.theta.size + bases
     optimizer = sum(array.nbytes for array in state.optimizer.state.values())
-    disk = _disk(config, state.theta.nbytes, optimizer)
+    disk = _disk(config, state.theta.nbytes, optimizer) + 3 * bases
     _check_disk(config, disk)
-    working = max(0, grown - weights - trainable)
+    working = max(0, grown - weights - (trainable - bases))
     return PlanResult(
         weights=weights,
         engine=working,
@@ -152,6 +153,8 @@ def _fastest(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[int, int, 
     if config.probes_per_decode == "auto":
         return fastest, fastest, 0.0
     asked = config.probes_per_decode
+    if len(seconds) == 1:  # which was not measured
+        return fastest, asked, 0.0
     known = max(width for width in seconds if width <= asked)  # more than fits has no effect
     return fastest, asked, max(0.0, 1 - seconds[fastest] / max(seconds[known], 1e-12))
 

@@ -12,7 +12,6 @@ A checkpoint only saves time: state at step n and the records after n give the s
 uninterrupted run.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from zo_gguf.config import TuneConfig, load_config, save_config
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
 from zo_gguf.optimizer import OPTIMIZERS, Optimizer, check_optimizer, gradient_estimate
+from zo_gguf.sparse_file import digest
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
 
@@ -52,6 +52,8 @@ class State:
             ZoError: theta is not finite any more.
         """
         assert record.step == self.step + 1
+        if trainable.begins_anew(self.step):  # moments of other directions mean nothing
+            self.optimizer.reset()
         with np.errstate(over="ignore", invalid="ignore"):  # `place` refuses it
             gradient = gradient_estimate(record.directions, trainable.noise)
             units = trainable.units()
@@ -61,6 +63,7 @@ class State:
                 change = np.zeros_like(self.theta)
                 self.optimizer.update(change, gradient, record.lr)
                 self.theta += units * change
+        trainable.confine(self.theta)
         self.step = record.step
         trainable.place(self.theta, self.step)
 
@@ -273,14 +276,6 @@ def open_trajectory(
                 f"but now it is {value}; put the original mask, data and config.yaml back."
             )
     return trajectory
-
-
-def digest(*arrays: NDArray[np.floating]) -> str:
-    """SHA-256 of the arrays' bytes, as hex."""
-    sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
 
 
 def _arrays(state: State) -> dict[str, NDArray[np.floating]]:

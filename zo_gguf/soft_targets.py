@@ -37,7 +37,7 @@ from zo_gguf.encoding import Example
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write
-from zo_gguf.run import digest
+from zo_gguf.sparse_file import digest
 
 MOST = 4096  # rows that classifiers are fitted to; more take memory and tell little more
 _COMPARED = 256  # rows on which the untuned model's own answers are compared with the classifier's

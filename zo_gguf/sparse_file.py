@@ -250,6 +250,14 @@ def _expected_arrays(rows: list[Any], value_name: str) -> list[str] | None:
     return names if len(set(names)) == len(names) else None
 
 
+def digest(*arrays: NDArray[Any]) -> str:
+    """SHA-256 of the arrays' bytes, as hex."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
 def _digest(arrays: dict[str, NDArray[Any]]) -> str:
     digest = hashlib.sha256()
     for name, array in arrays.items():

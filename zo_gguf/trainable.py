@@ -1,5 +1,6 @@
 """What a run trains: the method's parameters, in the engine or, for a replay, without one."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,25 @@ class Trainable:
     def kinds(self) -> list[str]:
         """Kinds of parameters."""
         return self._parameters.kinds
+
+    @property
+    def farthest(self) -> float:
+        """How far weights may move before most outgrow a method's threshold of magnitude."""
+        limits = [edit.limit for edit in self.start.live.values()]
+        return min(limits, default=math.inf) / 2 / self._parameters.unit("weight")
+
+    def begins_anew(self, step: int) -> bool:
+        """Whether the step after `step` steps trains other subspaces than the one before."""
+        edits = self.start.low_rank.values()
+        return step > 0 and any(edit.window(step) != edit.window(step - 1) for edit in edits)
+
+    def confine(self, theta: Vector) -> None:
+        """Keep the masters of scales, in place, where their scales keep their signs."""
+        slices = self.start.edit_slices()
+        for name, edit in self.start.live.items():
+            if edit.kind == "scale":
+                part = slices[name]
+                edit.confine(theta[part], self.start.theta[part])
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
         """z(seed), (nnz,), where the parameters stand; needs no model."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zo_gguf.adjust import Adjustment, n_features
+from zo_gguf.adjust import Adjustment, required_features
 from zo_gguf.clip import Clip
 from zo_gguf.config import TuneConfig
 from zo_gguf.dataset import Example, digest_examples, load_train_valid
@@ -103,7 +103,7 @@ def _tune(
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         measured = {
-            "features": n_features(train, config.n_rows) if config.adjust else 0,
+            "features": required_features(train, config.n_rows) if config.adjust else 0,
             "rows_sha256": digest_examples([*train, *valid]),
         }
         with locked(folder, "run folder"):
@@ -175,7 +175,12 @@ def _resolve(session: Session) -> None:
     if config.learning_rate is None:
         size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
         rate = default_learning_rate(
-            config.optimizer, reach, size, config.iters, config.slopes_per_step
+            config.optimizer,
+            reach,
+            size,
+            config.iters,
+            config.slopes_per_step,
+            session.trainable.farthest,
         )
         config = dataclasses.replace(config, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)

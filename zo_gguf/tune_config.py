@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zo_gguf.errors import ZoError
-from zo_gguf.options import Config, option, parse_fields
+from zo_gguf.options import Config, option, parse_fields, refuse_unread
 
 THREADS = "CPU threads (default: the number of physical cores)"
 DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
@@ -14,6 +14,16 @@ GPU = "layers kept on the GPU; -1 means all"
 OVERWRITE = "replace an output that is already there"
 JSON = "print one JSON object on stdout"
 MASK_SUFFIX = ".mask.safetensors"
+# Options that only some methods or estimators know.
+_OF_METHODS = {
+    "rank": ("subspace", "lora"),
+    "refresh": ("subspace",),
+    "factors": ("subspace",),
+    "density": ("magnitude",),
+    "absolute": ("block-scale",),
+    "train": ("magnitude", "block-scale", "subspace", "lora", "dense", "norm"),
+}
+_OF_ESTIMATORS = {"curvature": ("spsa",), "adjust": ("spsa",), "damping": ("natural",)}
 SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
 
 
@@ -228,9 +238,8 @@ class TuneConfig(RowsConfig):
             object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
         if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
             raise ZoError("grzo has as many directions as rows; leave --directions out.")
-        for name in ("curvature", "adjust"):
-            if getattr(self, name) and self.estimator != "spsa":
-                raise ZoError(f"--{name} needs --estimator spsa, not {self.estimator}.")
+        refuse_unread(self, _OF_METHODS, self.method.split("+"), "method")
+        refuse_unread(self, _OF_ESTIMATORS, [self.estimator], "estimator")
         given_sides = self.sides
         of_natural = given_sides or (1 if self.iters <= SHORT_RUN else 2)
         sides = {"fzoo": 1, "natural": of_natural}.get(self.estimator, 2)

@@ -67,9 +67,9 @@ def _start(config: TuneConfig, gguf: GgufFile) -> Delta:
     twice = len(sparse) > 1 or any(whole & set(delta.tensors) for delta in sparse)
     if twice or len(set(edited)) < len(edited):
         raise ZoError(
-            f"The methods of {config.method!r} would train the same tensors; combine sparse "
-            "entries with edits of other kinds, such as sensitive+block-scale, or narrow one with "
-            "--train."
+            f"The methods of {config.method!r} would train the same tensors, each in its own way; "
+            "combine sparse entries with one of the others, such as sensitive+block-scale, or take "
+            "methods of different tensors, such as norm+lora."
         )
     parts = [delta.theta[: delta.n_sparse] for delta in sparse]
     parts += [delta.theta[delta.n_sparse :] for delta in deltas]

@@ -3,11 +3,13 @@
 Per matrix, a threshold h is fixed before training so that a share (`--density`, 0.25 by default) of
 its weights lies at or below it; z is 0 where |w| > h. On float matrices the mask follows the
 weights as they move, is recomputed in every pass and stored nowhere; they are edited in place, as
-in `dense`. A quantized matrix shares its bytes among weights, so there the smallest ones (0.1 % by
-default) are fixed at the start and tuned beside it, as in `sensitive`.
+in `dense`; the default learning rate keeps most weights below it. A quantized matrix shares its
+bytes among weights, so there the smallest ones (0.1 % by default) are fixed at the start and tuned
+beside it, as in `sensitive`. Its smallest are all zero, so which of them is drawn at random.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.coordinates import matching_matrices
@@ -15,7 +17,6 @@ from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import Edits, Live
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.scales import base_weights
-from zo_gguf.selection import top_k
 
 _IN_PLACE_SHARE, _SPARSE_SHARE = 0.25, 0.001
 
@@ -39,9 +40,18 @@ def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
         else:
             weights = np.abs(gguf.dequantize(name).reshape(-1))
             n = max(1, round((config.density or _SPARSE_SHARE) * weights.size))
-            tensors[name] = top_k(-weights, n)
+            tensors[name] = _smallest(weights, n, [config.seed, names.index(name)])
             shapes[name] = (info.shape[0], info.shape[1])
     n_sparse = sum(indices.size for indices in tensors.values())
     theta = np.concatenate([np.zeros(n_sparse, np.float32), *masters])
     header = DeltaHeader.of(gguf, "magnitude")
     return Delta(tensors, shapes, theta, header, edits)
+
+
+def _smallest(weights: NDArray[np.float32], n: int, seed: list[int]) -> NDArray[np.int64]:
+    """Sorted positions of the n smallest; a random choice where equal ones compete."""
+    threshold = np.partition(weights, n - 1)[n - 1]
+    below, ties = np.flatnonzero(weights < threshold), np.flatnonzero(weights == threshold)
+    random = np.random.Generator(np.random.PCG64(seed))
+    drawn = random.choice(ties, n - below.size, replace=False, shuffle=False)
+    return np.sort(np.concatenate([below, drawn])).astype(np.int64)

@@ -30,11 +30,16 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     names = matching_matrices(gguf, config.train)
     n_windows = -(-config.iters // config.refresh) if config.refresh else 1
     least = min(min(gguf.tensors[name].shape) for name in names)
-    if config.rank > least or n_windows * config.rank > _MAX_RANK:
+    if config.rank > least:
+        raise ZoError(
+            f"--rank {config.rank} is more than the smallest matrix has, {least}; lower it, or "
+            "leave that matrix out with --train."
+        )
+    if n_windows * config.rank > _MAX_RANK:
         raise ZoError(
             f"{n_windows} subspaces of rank {config.rank} need rank {n_windows * config.rank}, but "
-            f"at most {min(least, _MAX_RANK)} is possible; lower --rank, or raise --refresh (0: "
-            "one subspace for the whole run)."
+            f"at most {_MAX_RANK} is possible; lower --rank, or raise --refresh (0: one subspace "
+            "for the whole run)."
         )
     edits: Edits = {}
     for number, name in enumerate(names):

@@ -1,0 +1,133 @@
+"""How far parameters may go: thresholds, signs of scales, subspaces that follow one another."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from tiny_gguf import write_llama
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.edits import Live
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_file import GgufFile
+from zo_gguf.lora import check_lora, write_lora
+from zo_gguf.methods import start
+from zo_gguf.optimizer import Adam, default_learning_rate
+from zo_gguf.run import first_state
+from zo_gguf.trainable import Trainable
+from zo_gguf.trajectory import Direction, Record
+
+LEAST = 2.0**-10 - 1  # of a relative master: 1/1024 of the scale is left
+
+
+def config(folder: Path, method: str, kind: Type = Type.Q4_0, **options: Any) -> TuneConfig:
+    path = folder / f"{kind.name}.gguf"
+    if not path.exists():
+        write_llama(path, kind)
+    return TuneConfig(
+        model=str(path), data="none", output="none", method=method, threads=1, **options
+    )
+
+
+def record(step: int, slope: float, lr: float) -> Record:
+    return Record(step, lr, (Direction(step, 0, 1.0, 0.0, slope),), ())
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0])
+def test_smallest_weights_are_drawn_from_all_rows(kind: Type, tmp_path: Path) -> None:
+    """A quantized matrix has far more zeros than are wanted: its first ones are all in one row."""
+    given = config(tmp_path, "magnitude", kind, density=0.004)
+    base = GgufFile(given.model)
+    delta = start(given, base)
+    for name, chosen in delta.tensors.items():
+        n_rows, n_cols = delta.shapes[name]
+        weights = np.abs(base.dequantize(name)).reshape(-1)
+        assert chosen.size == round(0.004 * weights.size)
+        assert np.all(np.diff(chosen) > 0)
+        assert weights[chosen].max() <= np.delete(weights, chosen).min()
+        rows = np.unique(chosen // n_cols).size
+        expected = n_rows * (1 - (1 - 1 / n_rows) ** chosen.size)  # with replacement
+        assert rows > 0.8 * expected
+    again = start(given, base)
+    assert all(np.array_equal(delta.tensors[name], again.tensors[name]) for name in delta.tensors)
+
+
+def test_masters_of_scales_stop_where_their_scales_do(tmp_path: Path) -> None:
+    trainable = Trainable(config(tmp_path, "block-scale"))
+    state = first_state(trainable, "sgd")
+    state.apply(record(1, 1.0, 5.0), trainable)  # far beyond
+    assert state.theta.min() == np.float32(LEAST)
+    at_rest = state.theta == np.float32(LEAST)
+    assert 0.2 < at_rest.mean() < 0.7
+    before = state.theta.copy()
+    state.apply(record(2, 1.0, 1e-3), trainable)
+    moved = at_rest & (state.theta > before)  # none has a debt to pay back first
+    assert 0.3 < moved.sum() / at_rest.sum() < 0.7
+
+
+def test_absolute_masters_keep_the_signs_of_their_scales() -> None:
+    base = np.array([1e-3, 2e-3, -1e-3, -2e-3, 0, 1e-3], np.float32)
+    masters = np.array([-1, 3e-3, 1, -1e-3, 0, 1e-9], np.float32)
+    Live("scale", 6).confine(masters, base)
+    floor = np.float32(1e-7)
+    np.testing.assert_array_equal(masters, np.float32([floor, 3e-3, -floor, -1e-3, 0, floor]))
+
+
+def test_adam_begins_anew_with_every_subspace(tmp_path: Path) -> None:
+    trainable = Trainable(config(tmp_path, "subspace", rank=4, refresh=2, iters=6))
+    state = first_state(trainable, "adam")
+    assert isinstance(state.optimizer, Adam)
+    counts = []
+    for step in range(1, 7):
+        state.apply(record(step, 1.0, 1e-3), trainable)
+        counts.append(round(math.log(state.optimizer.state["decay"][0], Adam.beta1)))
+    assert counts == [1, 2, 1, 2, 1, 2]
+    windows = state.theta.reshape(-1, 3, 16)  # every window took steps of the same size
+    sizes = np.sqrt((windows**2).mean(axis=(0, 2)))
+    np.testing.assert_allclose(sizes, sizes[0], rtol=0.05)
+
+
+def test_default_rates_keep_weights_below_their_threshold(tmp_path: Path) -> None:
+    given = config(tmp_path, "magnitude", Type.F16)
+    limits = [edit.limit for edit in start(given, GgufFile(given.model)).live.values()]
+    trainable = Trainable(given)
+    assert trainable.farthest == pytest.approx(min(limits) / 2)
+    assert Trainable(config(tmp_path, "norm")).farthest == math.inf
+    rate = default_learning_rate("adam", 1.0, 1.0, 100, 16, farthest=0.5)
+    assert rate * math.sqrt(100) == pytest.approx(0.5)
+    assert default_learning_rate("sgd", 1.0, 4.0, 100, 16, farthest=0.5) == pytest.approx(
+        rate / 4, rel=0.05
+    )
+    assert default_learning_rate("adam", 1.0, 1.0, 100, 16) > rate
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("norm", "rank", 64),
+        ("lora", "refresh", 5),
+        ("lora", "factors", "gaussian"),
+        ("norm", "density", 0.5),
+        ("dense", "absolute", True),
+        ("sensitive", "train", "blk.0"),
+        ("norm", "damping", 7.0),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(method: str, option: str, value: Any) -> None:
+    given = {"model": "m.gguf", "data": "d", "output": "o", "method": method, option: value}
+    with pytest.raises(ZoError, match=rf"^--{option} is for .*leave it out"):
+        TuneConfig(**given, estimator="spsa")
+    if option != "damping":
+        TuneConfig(**given | {"method": f"{method}+magnitude+block-scale+subspace"})
+
+
+def test_a_trained_lora_is_exact_at_any_rank(tmp_path: Path) -> None:
+    given = config(tmp_path, "lora", rank=80)  # of 128 rows
+    base = GgufFile(given.model)
+    delta = start(given, base)
+    check_lora(base, delta, None)
+    summary = write_lora(base, delta, tmp_path / "lora.gguf", rank=None, keys={})
+    assert summary.rank == summary.exact_rank == 80
