@@ -131,3 +131,10 @@ def test_a_trained_lora_is_exact_at_any_rank(tmp_path: Path) -> None:
     check_lora(base, delta, None)
     summary = write_lora(base, delta, tmp_path / "lora.gguf", rank=None, keys={})
     assert summary.rank == summary.exact_rank == 80
+
+
+def test_probes_share_decodes_by_measurement_on_a_gpu() -> None:
+    given = {"model": "m.gguf", "data": "d", "output": "o"}
+    assert TuneConfig(**given).probes_per_decode == 1
+    assert TuneConfig(**given, n_gpu_layers=-1).probes_per_decode == "auto"
+    assert TuneConfig(**given, n_gpu_layers=-1, probes_per_decode=3).probes_per_decode == 3

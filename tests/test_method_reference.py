@@ -135,9 +135,9 @@ class Base:
     def config(self, method: str, **options: Any) -> TuneConfig:
         files = {"model": str(self.model), "data": "none", "output": "none"}
         files["mask"] = str(self.mask) if "sensitive" in method else ""
-        return TuneConfig(
-            **files | {"method": method, "rank": RANK, "threads": 1, "estimator": "spsa"} | options
-        )
+        if {"subspace", "lora"} & set(method.split("+")):
+            options = {"rank": RANK} | options
+        return TuneConfig(**files | {"method": method, "threads": 1, "estimator": "spsa"} | options)
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,7 @@ def _fastest(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[int, int, 
     if config.probes_per_decode == "auto":
         return fastest, fastest, 0.0
     asked = config.probes_per_decode
+    assert isinstance(asked, int)  # since `check`
     if len(seconds) == 1:  # which was not measured
         return fastest, asked, 0.0
     known = max(width for width in seconds if width <= asked)  # more than fits has no effect

@@ -118,7 +118,7 @@ class Trainable:
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,
-            probes_per_decode=1 if width == "auto" else width,
+            probes_per_decode=width if isinstance(width, int) else 1,
             distribution=distribution_of(config.estimator),
             path="hook" if signs and config.path == "auto" else config.path,
         )

@@ -130,10 +130,11 @@ class TuneConfig(RowsConfig):
         default=None,
         low=1,
     )
-    probes_per_decode: int | Literal["auto"] = option(
+    probes_per_decode: int | Literal["auto"] | None = option(
         help="probes that share a decode, as far as --ctx-size holds them; auto measures what is "
-        "fastest, so that two runs may differ in their last bits",
-        default=1,
+        "fastest, so that two runs may differ in their last bits (default: 1; auto with layers on "
+        "a GPU, which small decodes leave idle)",
+        default=None,
         low=1,
         below=257,
     )
@@ -155,7 +156,8 @@ class TuneConfig(RowsConfig):
         default="auto",
     )
     clip: float | Literal["adaptive"] | None = option(
-        help="largest projected gradient; adaptive: three times the median of the last 100",
+        help="largest coefficient of a direction, for spsa its projected gradient; adaptive: three "
+        "times the median of the last 100",
         default=None,
         above=0,
     )
@@ -234,6 +236,9 @@ class TuneConfig(RowsConfig):
         except re.error as error:
             raise ZoError(f"train {self.train!r} is no regular expression: {error}.") from error
         parse_units(self.unit)
+        if self.probes_per_decode is None:
+            width = "auto" if self.n_gpu_layers != 0 else 1
+            object.__setattr__(self, "probes_per_decode", width)
         if self.examples_per_step is None:
             object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
         if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
