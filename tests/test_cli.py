@@ -158,7 +158,12 @@ def test_usage_errors(line: list[str], sentence: str, capsys: Any) -> None:
         (ZoError("two\nlines"), 2, "two lines"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 3, "out of memory"),
-        (OSError(28, "No space left on device", "run/x"), 1, "No space left on device: run/x"),
+        (
+            OSError(28, "No space left on device", "run/x"),
+            2,
+            "device: run/x; a run's steps are kept",
+        ),
+        (NotADirectoryError(20, "Not a directory", "f/run"), 2, "Not a directory: f/run."),
         (RuntimeError("surprise"), 1, "internal error, RuntimeError: surprise"),
     ],
 )

@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from models import converted, save_llama
+from models import PRE, converted, save_llama
 
 from zo_gguf import convert as convert_module
 from zo_gguf.convert import RELEASE, cache_folder, convert, converter_script, model_folder
@@ -133,6 +133,17 @@ def test_an_unknown_pre_tokenizer_asks_for_pre(tmp_path: Path) -> None:
     with pytest.raises(ZoError, match=r"--pre \(for example gpt-2, llama-bpe or qwen2\)"):
         convert(tmp_path / "model", tmp_path / "out" / "x.gguf")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_truncated_weights_are_the_models_fault(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    save_llama(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    with pytest.raises(ZoError, match=f"refused '{folder}'") as caught:
+        convert(folder, tmp_path / "out.gguf", pre=PRE)
+    assert "Writing" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

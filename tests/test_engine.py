@@ -222,3 +222,9 @@ def test_a_file_that_llama_cpp_refuses_is_told_with_its_reason(tmp_path: Path) -
     path.write_bytes(data.replace(b"llama.block_count", b"llama.block_counT"))
     with pytest.raises(ZoError, match=r"cannot load .*: error loading model: .*block_count"):
         Engine(path, n_threads=1)
+
+
+def test_encoders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_model_has_encoder", lambda _: True)
+    with pytest.raises(ZoError, match="has an encoder"):
+        Engine(write_llama(tmp_path / "m.gguf"), n_threads=1)

@@ -11,8 +11,10 @@ import torch
 from gguf import GGUFReader
 from models import converted, export_config, save_llama, save_text
 
+from zo_gguf import positions
 from zo_gguf.errors import DoesNotFitError, ZoError
 from zo_gguf.export import ExportResult, export
+from zo_gguf.gguf_file import GgufFile
 from zo_gguf.mask import Mask
 
 
@@ -117,3 +119,11 @@ def test_without_torch_the_controls_work_and_gradients_say_what_is_missing(
         export(export_config("llama", text, tmp_path))
     result = export(export_config("llama", text, tmp_path, score="random"))
     assert result.files[0].mask.is_file()
+
+
+def test_a_tokenizer_of_another_model_is_noticed(text: Path, tmp_path: Path) -> None:
+    config = export_config("llama", text, tmp_path)
+    floats, folder = GgufFile(str(config.gguf)), Path(config.model)
+    scores = positions._gradient_scores(config, floats, [], folder, [np.array([3, 10**6])])
+    with pytest.raises(ZoError, match=r"gives token 1000000, but the model knows \d+; put"):
+        next(scores)

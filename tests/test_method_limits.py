@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ from gguf import GGMLQuantizationType as Type
 from tiny_gguf import write_llama
 
 from zo_gguf.config import TuneConfig
+from zo_gguf.coordinates import is_idle
 from zo_gguf.edits import Live
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.lora import check_lora, write_lora
 from zo_gguf.methods import start
 from zo_gguf.optimizer import Adam, default_learning_rate
+from zo_gguf.report import TuneResult
 from zo_gguf.run import first_state
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Direction, Record
@@ -138,3 +141,23 @@ def test_probes_share_decodes_by_measurement_on_a_gpu() -> None:
     assert TuneConfig(**given).probes_per_decode == 1
     assert TuneConfig(**given, n_gpu_layers=-1).probes_per_decode == "auto"
     assert TuneConfig(**given, n_gpu_layers=-1, probes_per_decode=3).probes_per_decode == 3
+
+
+def test_layers_that_share_keys_and_values_have_idle_tensors() -> None:
+    keys = {"gemma3n.block_count": 6, "gemma3n.attention.shared_kv_layers": 2}
+    base: Any = SimpleNamespace(architecture="gemma3n", metadata=keys.get)
+    names = ["attn_k.weight", "attn_v.weight", "attn_k_norm.weight", "attn_q.weight", "ffn_up.bias"]
+    idle = {(i, name) for i in range(6) for name in names if is_idle(base, f"blk.{i}.{name}")}
+    assert idle == {(i, name) for i in (4, 5) for name in names[:3]}
+    base.architecture = "llama"
+    assert not is_idle(base, "blk.5.attn_k.weight")
+
+
+def test_a_delta_of_nothing_is_told(tmp_path: Path) -> None:
+    given = config(tmp_path, "lora", rank=2)
+    delta = start(given, GgufFile(given.model))  # B is 0, A is not
+    assert delta.is_zero
+    assert not delta.with_theta(delta.theta + np.float32(0.1), {}).is_zero
+    table = TuneResult("run", 5, 0, 1.0, None, 1.0, None).render()
+    assert "Nothing was learned" in table
+    assert "Nothing was learned" not in TuneResult("run", 5, 5, 1.0, None, 0.9, None).render()

@@ -42,15 +42,24 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
     return name
 """
 
-# Runs the converter, with the pre-tokenizer's name given by the user where there is one.
+# Runs the converter, with the pre-tokenizer's name given by the user where there is one. Newer
+# transformers move keys of config.json (rotary_pct), which it looks for where they were.
 _DRIVER = """
-import os, runpy, sys
+import json, os, runpy, sys
 script, pre, *arguments = sys.argv[1:]
 folder = os.path.dirname(script)
 sys.path[:0] = [os.path.join(folder, "gguf-py"), folder]
+from conversion.base import ModelBase, TextModel
 if pre:
-    from conversion.base import TextModel
     TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+load = ModelBase.load_hparams
+def load_hparams(model, *rest, **named):
+    keys, path = load(model, *rest, **named), os.path.join(model, "config.json")
+    if not os.path.isfile(path):
+        return keys
+    with open(path, encoding="utf-8") as file:
+        return {**json.load(file), **keys}
+ModelBase.load_hparams = staticmethod(load_hparams)
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name="__main__")
 """
@@ -160,14 +169,14 @@ def convert(
         arguments = [str(script), pre or "", str(model), "--outfile", str(temporary)]
         arguments += ["--outtype", out_type]
         arguments += ["--model-name", name] if name else []
-        lines = _run([sys.executable, "-c", _DRIVER, *arguments])
-        if not temporary.is_file():
+        lines, code = _run([sys.executable, "-c", _DRIVER, *arguments])
+        if code != 0 or not temporary.is_file():
             raise ZoError(_refusal(model, lines))
         os.replace(temporary, target)
 
 
-def _run(command: Sequence[str]) -> list[str]:
-    """Run the converter, showing how far it is; return its last lines of output."""
+def _run(command: Sequence[str]) -> tuple[list[str], int]:
+    """Run the converter, showing how far it is; return its last lines and its exit code."""
     lines: list[str] = []
     with (
         tqdm(total=100, desc="convert", unit="%", disable=None, leave=False) as bar,
@@ -190,7 +199,7 @@ def _run(command: Sequence[str]) -> list[str]:
         except BaseException:
             process.kill()
             raise
-    return lines
+    return lines, process.returncode
 
 
 def _refusal(model: Path, lines: list[str]) -> str:
@@ -204,7 +213,8 @@ def _refusal(model: Path, lines: list[str]) -> str:
         return (
             f"llama.cpp's converter lacks a package ({missing.strip()}); install zo-gguf[export]."
         )
-    said = [line.strip() for line in lines if line.strip(" ^~")] or ["no output"]
+    lines = [line for line in lines if line.strip(" ^~") and not line.startswith("Writing:")]
+    said = [line.strip() for line in lines] or ["no output"]
     reason = said[-1] if " " in said[-1] else " at ".join([said[-1], *said[-2:-1]])
     return f"llama.cpp's converter refused {str(model)!r}: {reason[:300]}."
 

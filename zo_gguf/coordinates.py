@@ -18,6 +18,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 
 _LINEAR = re.compile(r"blk\.(\d+)\.(?:attn|ffn)_[a-z0-9_]+\.weight")
+_KEYS_AND_VALUES = re.compile(r"blk\.(\d+)\.attn_[kv](_norm)?\.")
 _NOT_LINEAR = re.compile(r"norm|_inp\b|_inp_|sinks|rel_b|_exps|_chexps")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_[a-z_]*_(?:exps|chexps)\.weight")
@@ -35,6 +36,17 @@ def linear_tensors(base: GgufFile) -> list[str]:
     ]
 
 
+def is_idle(base: GgufFile, name: str) -> bool:
+    """Whether a tensor is in the file but in no forward pass.
+
+    The last layers of Gemma 3n and its like share the keys and values of earlier ones.
+    """
+    shared = base.metadata(f"{base.architecture}.attention.shared_kv_layers", 0)
+    layer = _KEYS_AND_VALUES.match(name)
+    n_layers = base.metadata(f"{base.architecture}.block_count", 0)
+    return layer is not None and int(layer[1]) >= n_layers - shared
+
+
 def matching_matrices(base: GgufFile, pattern: str | None) -> list[str]:
     """The attention and MLP matrices whose name contains a regular expression, in file order.
 
@@ -42,6 +54,7 @@ def matching_matrices(base: GgufFile, pattern: str | None) -> list[str]:
         ZoError: There is none.
     """
     names = [name for name in linear_tensors(base) if re.search(pattern or "", name)]
+    names = [name for name in names if not is_idle(base, name)]
     if not names:
         raise ZoError(
             f"{base.path.name!r} has no attention or MLP matrices whose name matches "

@@ -166,6 +166,15 @@ class Delta:
             values[self.tensors[name]] += self.theta[self.slices()[name]]
         return np.arange(values.size), values
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes no matrix by anything; values in place and gains are not looked at."""
+        if self.theta[: self.n_sparse].any():
+            return False
+        slices = self.edit_slices()
+        factors = [edit.factors(self.theta[slices[n]]) for n, edit in self.low_rank.items()]
+        return not any(left.any() and right.any() for left, right in factors)
+
     def products(self) -> "Delta":
         """Only what is added to matrices: sparse entries and low-rank products."""
         slices = self.edit_slices()

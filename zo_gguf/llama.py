@@ -84,6 +84,9 @@ def load_model(
     if not model:
         reason = messages[0] if messages else "no reason given"
         raise ZoError(f"llama.cpp cannot load {str(path)!r}: {reason}")
+    if llama_cpp.llama_model_has_encoder(model):
+        llama_cpp.llama_model_free(model)
+        raise ZoError(f"{path.name!r} has an encoder (as T5 has); take a decoder-only model.")
     if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
         llama_cpp.llama_model_free(model)
         raise ZoError(

@@ -102,6 +102,8 @@ def _merge_model(job: _Job) -> MergeResult:
         rounded = _Roundings(job)
         kind = "keep" if job.baseline is None and config.type == "auto" else config.type
         todo = plans(base, delta, rounded[0], kind, config.max_growth, rounded.n_ways)
+        if delta.is_zero:  # nothing was learned: all plans give the base
+            todo = todo[:1]
         for plan in todo:
             keys["zo_gguf.merge.types"] = plan.label
             write_plan(base, delta, rounded[plan.rounding], plan, draft, keys)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from zo_gguf.activations import MAX_SAMPLES, InputSample, sample_inputs
 from zo_gguf.code_search import choose_codes
@@ -76,13 +77,17 @@ def rounded_patches(
         n_threads: Worker threads.
     """
     result = dict(plain)
-    for names in _portions(base, delta):
-        inputs = sample_inputs(base, delta, names, examples, n_threads=n_threads)
-        for name in names:
-            if name in inputs:
-                result[name] = _round(
-                    base, delta, name, plain[name], inputs[name], rounding, n_threads
-                )
+    portions = list(_portions(base, delta))
+    n = sum(map(len, portions))
+    with tqdm(total=n, desc="choosing codes", unit="matrix", disable=None, leave=False) as bar:
+        for names in portions:
+            inputs = sample_inputs(base, delta, names, examples, n_threads=n_threads)
+            for name in names:
+                if name in inputs:
+                    result[name] = _round(
+                        base, delta, name, plain[name], inputs[name], rounding, n_threads
+                    )
+                bar.update(1)
     return result
 
 

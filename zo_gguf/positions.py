@@ -198,9 +198,15 @@ def _gradient_scores(
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Gradient scores of the matrices that the Hugging Face model has, in GGUF coordinates."""
     _require_torch()
-    from zo_gguf.sensitivity import gradient_scores, load_model, parameter_values
+    from zo_gguf.sensitivity import embedding_rows, gradient_scores, load_model, parameter_values
 
     model = load_model(folder, config.threads)
+    largest, n_vocab = max(int(block.max()) for block in blocks), embedding_rows(model)
+    if largest >= n_vocab:
+        raise ZoError(
+            f"The tokenizer in {str(folder)!r} gives token {largest}, but the model knows {n_vocab}"
+            "; put the files of one model together."
+        )
     parameters = {name: value for name, value in model.named_parameters() if value.dim() == 2}
     known = gguf_names(floats, parameters)
     places: dict[str, Placement] = {}

@@ -49,6 +49,12 @@ class TuneResult:
                 for value in (loss, accuracy)
             ]
             lines.append(f"{name:<16}{''.join(cells)}")
+        if self.best_step == 0 and self.steps > 0:
+            lines += [
+                "",
+                "Nothing was learned: no validation was better than the one before the first step.",
+                "More --iters, more rows, or another --learning-rate or --method may help.",
+            ]
         lines += [
             "",
             f"Delta: {self.run}/delta.safetensors   loss curve: {self.run}/loss.png",

@@ -100,7 +100,9 @@ class Run:
         if path.exists() and not path.is_dir():
             raise ZoError(f"The run folder {str(path)!r} is a file; give another -o.")
         if path.is_dir() and any(path.iterdir()) and not config.overwrite:
-            go_on = f"go on with `zo-gguf tune --resume {path}`, give another -o, or --overwrite"
+            go_on = "give another -o, or --overwrite"
+            if (path / "config.yaml").is_file():
+                go_on = f"go on with `zo-gguf tune --resume {path}`, {go_on}"
             raise ZoError(f"The run folder {str(path)!r} is not empty; {go_on}.")
 
     @classmethod

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from zo_gguf.convert import weight_bytes
@@ -72,12 +77,18 @@ def load_model(folder: Path, n_threads: int | None = None) -> Any:
                 f"The weights of {str(folder)!r} take {n_bytes / _GIB:.1f} GiB of memory, but only "
                 f"{free / _GIB:.1f} GiB are free."
             )
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        model = _model_class(folder).from_pretrained(folder, dtype=dtype or "auto")
     except ZoError:
         raise
     except Exception as error:  # transformers raises nearly anything here
         raise ZoError(f"The model in {str(folder)!r} cannot be read: {_line(error)}.") from error
     return prepare_model(model, n_bytes)
+
+
+def _model_class(folder: Path) -> Any:
+    """What reads a folder: models that see images as well are no plain language models."""
+    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def prepare_model(model: Any, n_bytes: int) -> Any:
@@ -86,6 +97,11 @@ def prepare_model(model: Any, n_bytes: int) -> Any:
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > n_bytes + _HEADROOM:
         model.to("cuda")
     return model
+
+
+def embedding_rows(model: Any) -> int:
+    """How many tokens a model has embeddings of."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def parameter_values(parameter: Tensor) -> NDArray[np.float32]:

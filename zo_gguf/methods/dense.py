@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from zo_gguf.config import TuneConfig
+from zo_gguf.coordinates import is_idle
 from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import Edits, Live
 from zo_gguf.errors import ZoError
@@ -31,7 +32,7 @@ def dense(config: TuneConfig, gguf: GgufFile) -> Delta:
     if config.train is not None:
         names = [n for n in names if re.search(config.train, n)]
     else:
-        names = [n for n in names if gguf.tensors[n].is_float]
+        names = [n for n in names if gguf.tensors[n].is_float and not is_idle(gguf, n)]
     if not names:
         raise ZoError(
             f"{gguf.path.name!r} has no float tensors whose name matches "

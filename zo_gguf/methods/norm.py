@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from zo_gguf.config import TuneConfig
+from zo_gguf.coordinates import is_idle
 from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import Edits, Gain
 from zo_gguf.errors import ZoError
@@ -32,11 +33,12 @@ def norm(config: TuneConfig, gguf: GgufFile) -> Delta:
         and re.search(config.train or "", name)
         and len(info.shape) == 1
         and info.is_float
+        and not is_idle(gguf, name)
     ]
     if not names:
         raise ZoError(
             f"{gguf.path.name!r} has no norm weights whose name matches {config.train or '.*'!r}; "
-            "`zo-gguf info` lists what it has."
+            "`zo-gguf info` lists what it has. --method lora trains beside the matrices."
         )
     edits: Edits = {name: Gain(gguf.tensors[name].n_cols) for name in names}
     theta = np.zeros(sum(edit.size for edit in edits.values()), np.float32)
