@@ -1,5 +1,8 @@
 """What a run's folder says of its files, and that it notices when they change."""
 
+import dataclasses
+import importlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -187,3 +190,19 @@ def test_the_default_rate_does_not_depend_on_eps(
         rates.add(config.learning_rate)
         assert config.eps == eps or eps == "auto"
     assert len(rates) == 1
+
+
+def test_patience_stops_early(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune_module, losses = importlib.import_module("zo_gguf.tune"), itertools.count(1)
+    measure = tune_module.measure
+
+    def ever_worse(*rows: Any, **given: Any) -> Any:
+        return dataclasses.replace(measure(*rows, **given), loss=float(next(losses)))
+
+    monkeypatch.setattr(tune_module, "measure", ever_worse)
+    run = tmp_path / "run"
+    result = tune(TuneConfig(**options(tiny_export, task_dir, run, iters=20, patience=2)))
+    assert (result.best_step, result.steps) == (0, 4)
+    assert resume(run).steps == 4

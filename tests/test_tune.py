@@ -214,15 +214,6 @@ def test_loss_falls_and_best_is_kept(
     assert f"step {result.best_step}" in result.render()
 
 
-def test_patience_stops_early(tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path) -> None:
-    options = arguments(tiny_export, task_dir, tmp_path / "p", valid_every=2, patience=2)
-    options |= {"learning_rate": 20.0}
-    result = tune_module.tune(TuneConfig(**options))
-    assert result.best_step == 0
-    assert result.steps == 4
-    assert tune_module.resume(tmp_path / "p").steps == 4
-
-
 class TestBadInput:
     """Every mistake gets a sentence with the fix, and costs nothing."""
 
@@ -230,10 +221,13 @@ class TestBadInput:
         self, tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "mine.txt").write_text("keep")
-        with pytest.raises(ZoError, match=r"not empty.*--resume"):
-            tune_module.tune(TuneConfig(**arguments(tiny_export, task_dir, tmp_path)))
+        given = arguments(tiny_export, task_dir, tmp_path)
+        with pytest.raises(ZoError, match=r"is not empty; give another -o, or --overwrite"):
+            tune_module.tune(TuneConfig(**given))
         options = arguments(tiny_export, task_dir, tmp_path, iters=1, overwrite=True)
         tune_module.tune(TuneConfig(**options))
+        with pytest.raises(ZoError, match=r"not empty; go on with .*--resume"):
+            tune_module.tune(TuneConfig(**given))
         assert (tmp_path / "mine.txt").read_text() == "keep"
 
     @pytest.mark.parametrize(

@@ -43,8 +43,10 @@ def is_idle(base: GgufFile, name: str) -> bool:
     """
     shared = base.metadata(f"{base.architecture}.attention.shared_kv_layers", 0)
     layer = _KEYS_AND_VALUES.match(name)
-    n_layers = base.metadata(f"{base.architecture}.block_count", 0)
-    return layer is not None and int(layer[1]) >= n_layers - shared
+    if layer is None or not shared:
+        return False
+    n_layers = int(base.metadata(f"{base.architecture}.block_count", 0))
+    return int(layer[1]) >= n_layers - int(shared)
 
 
 def matching_matrices(base: GgufFile, pattern: str | None) -> list[str]:
