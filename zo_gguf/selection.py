@@ -15,13 +15,24 @@ from numpy.typing import NDArray
 _NEVER = np.iinfo(np.int32).max
 
 
-def top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Sorted positions of the k largest scores; among equal scores the lower position wins."""
+def top_k(
+    scores: NDArray[np.float32], k: int, random: np.random.Generator | None = None
+) -> NDArray[np.int64]:
+    """Sorted positions of the k largest scores.
+
+    Args:
+        scores: Flat, (n,).
+        k: How many.
+        random: Draws among equal scores; without it, the lower position wins.
+    """
     if k >= scores.size:
         return np.arange(scores.size, dtype=np.int64)
     threshold = np.partition(scores, scores.size - k)[scores.size - k]
     above = np.flatnonzero(scores > threshold)
-    ties = np.flatnonzero(scores == threshold)[: k - above.size]
+    ties = np.flatnonzero(scores == threshold)
+    if random is not None:
+        ties = random.choice(ties, k - above.size, replace=False, shuffle=False)
+    ties = ties[: k - above.size]
     return np.sort(np.concatenate([above, ties]))
 
 

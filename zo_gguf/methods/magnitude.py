@@ -9,7 +9,6 @@ beside it, as in `sensitive`. Its smallest are all zero, so which of them is dra
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.coordinates import matching_matrices
@@ -17,6 +16,7 @@ from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import Edits, Live
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.scales import base_weights
+from zo_gguf.selection import top_k
 
 _IN_PLACE_SHARE, _SPARSE_SHARE = 0.25, 0.001
 
@@ -30,7 +30,7 @@ def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
     names = matching_matrices(gguf, config.train)
     edits: Edits = {}
     tensors, shapes, masters = {}, {}, []
-    for name in names:
+    for number, name in enumerate(names):
         info = gguf.tensors[name]
         if info.is_float:
             weights = base_weights(gguf, name)
@@ -40,18 +40,10 @@ def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
         else:
             weights = np.abs(gguf.dequantize(name).reshape(-1))
             n = max(1, round((config.density or _SPARSE_SHARE) * weights.size))
-            tensors[name] = _smallest(weights, n, [config.seed, names.index(name)])
+            random = np.random.Generator(np.random.PCG64([config.seed, number]))
+            tensors[name] = top_k(-weights, n, random)
             shapes[name] = (info.shape[0], info.shape[1])
     n_sparse = sum(indices.size for indices in tensors.values())
     theta = np.concatenate([np.zeros(n_sparse, np.float32), *masters])
     header = DeltaHeader.of(gguf, "magnitude")
     return Delta(tensors, shapes, theta, header, edits)
-
-
-def _smallest(weights: NDArray[np.float32], n: int, seed: list[int]) -> NDArray[np.int64]:
-    """Sorted positions of the n smallest; a random choice where equal ones compete."""
-    threshold = np.partition(weights, n - 1)[n - 1]
-    below, ties = np.flatnonzero(weights < threshold), np.flatnonzero(weights == threshold)
-    random = np.random.Generator(np.random.PCG64(seed))
-    drawn = random.choice(ties, n - below.size, replace=False, shuffle=False)
-    return np.sort(np.concatenate([below, drawn])).astype(np.int64)
