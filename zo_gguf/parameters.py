@@ -78,7 +78,7 @@ class Parameters:
             for name, gain in delta.gains.items():
                 self._gain.add(name, gain.size)
         self._live_slices = [slices[name] for name in delta.live]
-        self._write_factors()
+        self._factors_are_there = False
 
     @property
     def kinds(self) -> list[str]:
@@ -179,10 +179,11 @@ class Parameters:
             self._store.write(self._theta[: self._store.size])
         if self._in_place is not None:
             self._in_place.write(np.concatenate([self._theta[part] for part in self._live_slices]))
-        self._write_factors()
+        self._factors_are_there = False
 
     def _write_factors(self) -> None:
-        """Hand factors that are trained themselves to libzo, which moves them in each branch."""
+        """Hand trained factors to libzo; for decodes alone, which replays and adapters have not."""
+        self._factors_are_there = True
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora" and self._low_rank is not None:
                 masters, tensor = self._theta[self._slices[name]], _FIRST_LOW_RANK + number
@@ -262,6 +263,8 @@ class Parameters:
 
     def prepare_beside(self, probes: Sequence[BranchOf] = (AT_THETA,)) -> None:
         """As `prepare`, except for what is edited in place, whose memory may not be known yet."""
+        if not self._factors_are_there:
+            self._write_factors()
         for branch, (seed, _, scale) in enumerate(probes):
             if self._gain is not None:
                 self._set_gains(self._gain, branch, seed, scale)
