@@ -60,7 +60,7 @@ class Overflowing(Cubic):
 
     def losses(self, examples: Sequence[int], probes: Sequence[Probe]) -> np.ndarray:
         found = super().losses(examples, probes)
-        found[[abs(probe.scale) > self.limit for probe in probes]] = math.nan
+        found[[abs(probe.scale) > self.limit for probe in probes]] = math.inf
         return found
 
 

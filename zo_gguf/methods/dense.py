@@ -29,10 +29,11 @@ def dense(config: TuneConfig, gguf: GgufFile) -> Delta:
         ZoError: There is none, or a named one is quantized.
     """
     names = [n for n in gguf.tensors if _TRAINABLE.search(n) and not _NOT_WEIGHTS.search(n)]
+    names = [n for n in names if not is_idle(gguf, n)]
     if config.train is not None:
         names = [n for n in names if re.search(config.train, n)]
     else:
-        names = [n for n in names if gguf.tensors[n].is_float and not is_idle(gguf, n)]
+        names = [n for n in names if gguf.tensors[n].is_float]
     if not names:
         raise ZoError(
             f"{gguf.path.name!r} has no float tensors whose name matches "
