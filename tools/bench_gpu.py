@@ -45,20 +45,22 @@ def still_good(file: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def run(case: Case, seconds: float = math.inf) -> dict[str, Any]:
     """Make what the case needs, and run it for at most so many seconds."""
-    job = case.job
+    job, end = case.job, time.monotonic() + seconds
     if "folder" in job:
         tiny = Path(job["folder"])
         if not (tiny / "done").is_file():
             shutil.rmtree(tiny, ignore_errors=True)
-            made = run_job("bench_gpu_jobs.py", job | {"job": "export", "device": "cpu"})
+            export = job | {"job": "export", "device": "cpu"}
+            made = run_job("bench_gpu_jobs.py", export, seconds=seconds)
             if "error" in made:
                 return {"error": f"export: {made['error']}"}
             (tiny / "done").touch()
     elif case.script == "bench_gpu_jobs.py" and not os.path.exists(job["model"]):
         write_model(Path(job["model"]), Shape(**job["shape"]), job["quant"], 1 << 16)
-    result = run_job(case.script, job, case.cuda_graphs, seconds)
+    result = run_job(case.script, job, case.cuda_graphs, max(0.0, end - time.monotonic()))
     if case.stage == "torch" and job["device"] == "cuda" and "error" not in result:
-        watched = run_job(case.script, job | {"rounds": 1, "watched": True})
+        once = job | {"rounds": 1, "watched": True}
+        watched = run_job(case.script, once, seconds=max(0.0, end - time.monotonic()))
         result |= {key: watched[key] for key in ("memory", "memory_by") if key in watched}
     return result
 

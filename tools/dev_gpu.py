@@ -6,7 +6,7 @@
     python3 tools/dev.py gpu bench [ARGS]    tools/bench_gpu.py; tables and a plot in gpu-results/
 
     --out DIR                                for results, instead of gpu-results/
-    --budget SECONDS                         stop in time, on a machine that is lent by the minute
+    --budget SECONDS                         once built, stop in time: for machines that are lent
 
 All three together measure what the targets speak of before they check. No network is needed where
 tools/pack_gpu_kit.py's archive is unpacked over the checkout; without it pip fetches what is
@@ -129,8 +129,10 @@ def run(what: str, command: list[str], log: Path | None = None, end: float = mat
             ).returncode
         except subprocess.TimeoutExpired:
             code = _TIME_IS_UP
-    text = log.read_text(encoding="utf-8", errors="replace") if log is not None else ""
-    print("\n".join(text.splitlines()[-12:]), flush=True)
+    text = ""
+    if log is not None:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        print("\n".join(text.splitlines()[-12:]), flush=True)
     if _UNWATCHABLE in text:
         dev.say(f"{what}: compute-sanitizer cannot watch this device: skipped")
         return 0
