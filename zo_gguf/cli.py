@@ -72,17 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail("out of memory; lower --ctx-tokens or close other programs.", 3)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
-            saved = "; a run's steps are kept, `zo-gguf tune --resume` goes on" * _is_full(error)
-            return _fail(f"{error.strerror or error}{where}{saved}.", 2)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where += "; a run's steps are kept, `zo-gguf tune --resume` goes on"
+            return _fail(f"{error.strerror or error}{where}.", 2)
         except Exception as error:  # a bug of ours: users still get one line
             if os.environ.get(_DEBUG):
                 traceback.print_exc()
             hint = f"set {_DEBUG}=1 for the traceback, and please report it"
             return _fail(f"internal error, {type(error).__name__}: {error} ({hint}).", 1)
-
-
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _run(argv: list[str]) -> int:

@@ -68,7 +68,8 @@ def load_model(folder: Path, n_threads: int | None = None) -> Any:
     n_bytes = weight_bytes(folder)
     free = psutil.virtual_memory().available
     try:
-        dtype = AutoConfig.from_pretrained(folder).dtype
+        config = AutoConfig.from_pretrained(folder)
+        dtype = config.dtype
         if dtype == torch.float16:
             dtype = torch.float32 if 2 * n_bytes + _HEADROOM < free else torch.bfloat16
             n_bytes *= 2 if dtype == torch.float32 else 1
@@ -77,7 +78,7 @@ def load_model(folder: Path, n_threads: int | None = None) -> Any:
                 f"The weights of {str(folder)!r} take {n_bytes / _GIB:.1f} GiB of memory, but only "
                 f"{free / _GIB:.1f} GiB are free."
             )
-        model = _model_class(folder).from_pretrained(folder, dtype=dtype or "auto")
+        model = _model_class(config).from_pretrained(folder, dtype=dtype or "auto")
     except ZoError:
         raise
     except Exception as error:  # transformers raises nearly anything here
@@ -85,9 +86,9 @@ def load_model(folder: Path, n_threads: int | None = None) -> Any:
     return prepare_model(model, n_bytes)
 
 
-def _model_class(folder: Path) -> Any:
-    """What reads a folder: models that see images as well are no plain language models."""
-    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+def _model_class(config: Any) -> Any:
+    """What reads a model: those that see images as well are no plain language models."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
