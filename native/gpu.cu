@@ -238,8 +238,8 @@ private:
             n = std::max(n, (size_t) range.branch + 1);
         }
         moved_.reserve(n * size);
-        const masters_on_gpu masters{ copy.masters.data(), now.rank * weight.n_cols, (int64_t) size,
-                                      now.factor, now.tensor };
+        const masters_on_gpu masters{ copy.masters.data(), now.rank,   now.rank * weight.n_cols,
+                                      (int64_t) size,      now.factor, now.tensor };
         move_on_gpu(queue_, lowrank.distribution, masters, probes_.follow(lowrank.probes, queue_.stream),
                     (int32_t) n, moved_.data());
         std::vector<factors_on_gpu> factors;

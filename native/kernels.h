@@ -95,7 +95,7 @@ void lowrank_on_gpu(const gpu_queue & queue, const factors_on_gpu * factors, int
 // Trained factors of one weight: [rank][n_cols], then [rank][n_rows], which count `factor` times.
 struct masters_on_gpu {
     const float * values;
-    int64_t       n_right, n;
+    int64_t       rank, n_right, n;
     float         factor;
     uint32_t      tensor;
 };

@@ -29,6 +29,17 @@ struct lowrank_masters {
     std::vector<float> values;
 };
 
+// Which values of a Rademacher sequence are the signs of master i: those of its row and its column.
+struct signs_of_master {
+    int64_t row, column;
+};
+
+ZO_HD signs_of_master place_of_master(int64_t rank, int64_t n_right, int64_t n, int64_t i) {
+    const int64_t n_cols = n_right / rank, n_rows = (n - n_right) / rank, j = i - n_right;
+    return i < n_right ? signs_of_master{ i / n_cols, rank + i % n_cols }
+                       : signs_of_master{ j / n_rows, rank + n_cols + j % n_rows };
+}
+
 struct lowrank_weight {
     std::string                  name;
     int64_t                      n_rows = 0;
@@ -50,11 +61,16 @@ struct zo_lowrank : zo::named_weights<zo::lowrank_weight> {
     int                    n_threads    = 1;
     std::vector<zo_branch> probes;  // of the masters, by branch
 
-    // A weight's factors in a branch, made from its masters where it has some. Throws std::out_of_range for
-    // a branch that was never set.
+    // A weight's factors in a branch, made from its masters where it has some; valid until the next call.
+    // Throws std::out_of_range for a branch that was never set.
     const zo::lowrank_factors & factors(const zo::lowrank_weight & weight, int32_t branch);
 
     size_t n_branches(const zo::lowrank_weight & weight) const {
         return weight.masters.rank > 0 ? probes.size() : weight.branches.size();
     }
+
+private:
+    void make(const zo::lowrank_weight & weight, const zo_branch & probe, zo::lowrank_factors & made) const;
+
+    zo::lowrank_factors signed_;  // every row may have a branch with signs: too many to keep
 };

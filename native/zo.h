@@ -49,8 +49,9 @@ typedef enum zo_distribution {
 } zo_distribution;
 
 // A probe as one forward pass sees it: every trainable value is theta + scale * z(seed). With `signs`
-// not 0, the entry of row r and column c of a weight gets z * R(r) * C(c) instead, where R and C are -1
-// or 1 and depend on `signs`: many directions from one z (GRZO, arXiv 2606.02857).
+// not 0, the entry of row r and column c of a weight, or of a factor that is trained, gets z * R(r) * C(c)
+// instead, where R and C are -1 or 1 and depend on `signs`: many directions from one z (GRZO, arXiv
+// 2606.02857).
 typedef struct zo_branch {
     uint64_t seed;
     uint64_t signs;
@@ -167,8 +168,9 @@ ZO_API zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t nu
 ZO_API zo_status zo_lowrank_train(zo_lowrank * lowrank, int32_t number, int64_t rank, float factor,
                                   uint32_t tensor, const float * masters);
 
-// In a branch, all such masters are moved by scale * z(seed), z that of their `tensor` in zo_noise.
-ZO_API zo_status zo_lowrank_probe(zo_lowrank * lowrank, int32_t branch, uint64_t seed, float scale);
+// Where all such masters are moved to in a branch: z is that of their `tensor` in zo_noise. For its signs,
+// `right` and `left` lie side by side in one matrix [rank][n_cols + n_rows].
+ZO_API zo_status zo_lowrank_probe(zo_lowrank * lowrank, int32_t branch, zo_branch probe);
 
 // ---- gains: y *= factors, after an element-wise product with a weight (a norm's) ---------------------
 

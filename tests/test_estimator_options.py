@@ -71,8 +71,12 @@ def test_bad_combinations_are_refused(options: dict[str, Any], message: str) -> 
 
 
 def test_what_z_is_drawn_from() -> None:
-    kinds = {name: distribution_of(name) for name in ("spsa", "natural", "fzoo", "grzo")}
+    kinds = {
+        name: distribution_of(config(estimator=name))
+        for name in ("spsa", "natural", "fzoo", "grzo")
+    }
     assert kinds == {"spsa": NORMAL, "natural": NORMAL, "fzoo": RADEMACHER, "grzo": NORMAL}
+    assert distribution_of(config(estimator="spsa", curvature=True)) == RADEMACHER
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_grzo_goes_along_the_gradient() -> None:
 def test_unit_size_is_that_of_an_entry_of_the_estimate(estimator: str) -> None:
     options = config(estimator=estimator, directions=16, examples_per_step=16)
     squares = []
-    engine = toy(quadratic, distribution_of(estimator))
+    engine = toy(quadratic, distribution_of(options))
     engine.loss = lambda theta, example: quadratic(theta, example % len(_COEFFICIENTS))
     draw: Any = lambda step: range(16 * step, 16 * step + 16)  # noqa: E731
     for step in range(60):

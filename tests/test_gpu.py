@@ -163,8 +163,11 @@ def test_entries_in_chunks_and_long_rows(
     assert np.median(np.abs(on_gpu(delta, path) - cpu)) < bound
 
 
-def test_signs_per_example(on_gpu: Losses, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    given, delta, theta = prepare(tmp_path, "sensitive", "F32")
+@pytest.mark.parametrize("method", ["sensitive", "norm", "lora", "subspace"])
+def test_signs_per_example(
+    method: str, on_gpu: Losses, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    given, delta, theta = prepare(tmp_path, method, "F32")
     probes = [[Probe(3, s * 0.1, signs) for signs in (5, 6, 7)] for s in (1, -1, 0)]
     for distribution in (NORMAL, RADEMACHER):
         options = {"theta": theta, "distribution": distribution}

@@ -235,7 +235,7 @@ def test_run_against_float64(case: Case, bases: dict[str, Base], tmp_path: Path)
         if name not in delta.tensors:  # these start at their residuals
             torch.testing.assert_close(weight, base.own.base[name], atol=1e-9, rtol=1e-6)
     free = delta.edits | {name: replace(live, limit=np.inf) for name, live in delta.live.items()}
-    free, kind = replace(delta, edits=free), distribution_of(config.estimator)
+    free, kind = replace(delta, edits=free), distribution_of(config)
     z_of = Parameters(native_library(), free, file, 1, kind)
     seeds, errors, losses = set(), [], []
     for record in Trajectory.load(tmp_path / "run" / "trajectory.bin").records():

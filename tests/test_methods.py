@@ -50,6 +50,10 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "block-scale-Q4_K": (0.03, {}),
     "subspace-Q4_0": (0.004, {"rank": 4, "refresh": 7}),
     "lora-Q4_0": (0.015, {"rank": 4}),
+    "sensitive+lora-Q4_0": (
+        0.02,
+        {"rank": 4, "estimator": "grzo", "unit": ["sparse=1", "lora=0.5"]},
+    ),
     "dense-F16": (0.004, {}),
     "dense-Q4_0": (0.1, {"train": "norm"}),
     "sensitive+block-scale-Q8_0": (0.02, {"unit": ["sparse=1", "scale=3"]}),
@@ -263,7 +267,7 @@ def test_lora_in_stock(method: str, folder: Path, tmp_path: Path) -> None:
 # ---- refusals ------------------------------------------------------------------------------------
 
 GRZO = {"estimator": "grzo", "unit": ["sparse=1", "weight=1"]}
-EDITING = ["block-scale", "dense", "norm", "lora", "sensitive+dense"]
+EDITING = ["block-scale", "dense", "norm+block-scale", "sensitive+dense"]
 REFUSALS = [
     ("block-scale", "F16", {}, "no quantized matrices.*--method dense"),
     ("dense", "Q4_0", {"train": "attn_q"}, "'blk.0.attn_q.weight' is quantized to Q4_0"),
@@ -275,7 +279,10 @@ REFUSALS = [
     ("sensitive+magnitude", "Q4_0", {}, "train the same tensors"),
     ("sensitive+dense", "F16", {}, "train the same tensors"),
     ("dense", "F16", {"probes_per_decode": 2}, "one probe at a time"),
-    *((method, "Q4_0", GRZO, "grzo needs.*--method sensitive") for method in EDITING),
+    *(
+        (method, "Q4_0", GRZO, "grzo needs.*use it with sensitive, norm, lora or subspace")
+        for method in EDITING
+    ),
 ]
 
 

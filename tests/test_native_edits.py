@@ -206,17 +206,24 @@ def test_trained_factors_are_moved_by_their_noise(distribution: int, device: int
         part.add("w", (n_rows, n_cols))
     for number, masters in enumerate((floats(rank * 102), floats(rank * 102, seed=4))):
         trained.train(0, rank, factor, tensor, masters)
-        for branch, (seed, scale) in enumerate([(5, 0.3), (0, 0.0), (6, -0.3)]):
+        # A branch with signs twice: its factors are in turn with those of another.
+        probes = [(5, 0.3, 0), (0, 0.0, 7), (6, -0.3, 0), (6, 0.3, 2**63 + 1), (6, 0.3, 8)]
+        for branch, (seed, scale, signs) in [*enumerate(probes), (3, probes[3])]:
             z = noise(distribution, seed, tensor, 0, masters.size)
+            if signs:
+                flips = noise(RADEMACHER, signs, tensor, 0, rank + n_cols + n_rows)
+                of_rank, of_cols, of_rows = np.split(flips, [rank, rank + n_cols])
+                a, b = np.outer(of_rank, of_cols), np.outer(of_rank, of_rows)
+                z = z * np.concatenate([a.ravel(), b.ravel()])
             moved = masters + np.float32(scale) * z
             right, left = np.split(moved, [rank * n_cols])
             fixed.set(branch, 0, factor * left.reshape(rank, -1), right.reshape(rank, -1))
-            trained.probe(branch, seed, scale)
+            trained.probe(branch, seed, scale, signs)
             found, expected = (product(p, branch, 0, x, y, 1, device) for p in (trained, fixed))
             assert found.tobytes() == expected.tobytes(), (number, branch)
     assert np.abs(product(trained, 0, 0, x, y) - y).max() > 0.1
     with pytest.raises(ZoError, match="out of range"):
-        product(trained, 3, 0, x, y, 1, device)
+        product(trained, 5, 0, x, y, 1, device)
     trained.free()
     fixed.free()
 

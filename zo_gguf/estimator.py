@@ -4,15 +4,15 @@ Each returns directions whose mean of projected_grad * z is the step's estimate:
 
 - spsa (MeZO, arXiv 2305.17333): g = (L(theta + eps z) - L(theta - eps z)) / (2 eps), the
   directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0. With
-  `curvature` (1.5-SPSA, "Probe-space preconditioning", 2026) a direction of curvature
-  c = (L+ - 2 L0 + L-) / eps^2 gets the weight max(1, |c|)^-0.1.
+  `curvature` (1.5-SPSA, "Probe-space preconditioning", 2026) z is of signs, and a direction of
+  curvature c = (L+ - 2 L0 + L-) / eps^2 gets the weight max(1, |c|)^-0.1.
 - natural: the same probes, or those on one side and one at theta, combined to the natural gradient
   in the span of the step's directions (see `natural`).
 - fzoo (arXiv 2506.09034): one-sided Rademacher probes, (L_i - L0) divided by the standard deviation
   of the L_i, so that a step has about the same length whatever the loss.
 - grzo (arXiv 2606.02857): two forwards in which every row has a direction of its own, made from one
-  z by signs per row and column of each matrix; the rows' differences divided by their standard
-  deviation.
+  z by signs per row and column of each matrix, factors and norms among them; the rows' differences
+  divided by their standard deviation.
 """
 
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ _TINY = 1e-12  # keeps a step finite where all losses are the same
 Estimate = tuple[tuple[Direction, ...], Scores]
 
 
-def distribution_of(estimator: str) -> int:
-    """What an estimator draws z from."""
-    return RADEMACHER if estimator == "fzoo" else NORMAL
+def distribution_of(config: TuneConfig) -> int:
+    """What z is drawn from, as the estimators' sources have it."""
+    return RADEMACHER if config.estimator == "fzoo" or config.curvature else NORMAL
 
 
 def direction_seeds(seed: int, step: int, n: int) -> list[int]:
@@ -169,7 +169,7 @@ def grzo(engine: Engine, examples: Sequence[Example], seed: int, eps: float) -> 
     """One direction for each row in two forwards; see the head of this file.
 
     Raises:
-        ZoError: Not all trainable parameters are sparse entries.
+        ZoError: Some parameters are edited in place.
     """
     signs = [_mix(seed + row) | 1 for row in range(len(examples))]  # 0 would mean none
     probes = [[Probe(seed, side * eps, sign) for sign in signs] for side in (1.0, -1.0)]

@@ -152,9 +152,9 @@ class LowRank(_Handle):
         `factor` times, left (rank, n_rows); `tensor` is their noise's number."""
         self._call("train", self.handle, number, rank, factor, tensor, _floats(masters))
 
-    def probe(self, branch: int, seed: int, scale: float) -> None:
-        """Move all masters of `train` by scale * z(seed) in a branch."""
-        self._call("probe", self.handle, branch, seed, scale)
+    def probe(self, branch: int, seed: int, scale: float, signs: int = 0) -> None:
+        """Move all masters of `train` by scale * z(seed, signs) in a branch."""
+        self._call("probe", self.handle, branch, Branch(seed, signs, scale))
 
 
 class Gain(_Handle):

@@ -107,7 +107,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_lowrank_add": (c_int32, (Handle, c_char_p, c_int64, c_int64)),
     "zo_lowrank_set": (c_int32, (Handle, c_int32, c_int32, c_int64, FLOATS, FLOATS)),
     "zo_lowrank_train": (c_int32, (Handle, c_int32, c_int64, c_float, c_uint32, FLOATS)),
-    "zo_lowrank_probe": (c_int32, (Handle, c_int32, c_uint64, c_float)),
+    "zo_lowrank_probe": (c_int32, (Handle, c_int32, Branch)),
     "zo_lowrank_apply": (
         c_int32,
         (Handle, c_int32, c_int32, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32, c_int32),

@@ -11,19 +11,18 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from zo_gguf.delta import Delta
+from zo_gguf.edit_noise import FIRST_LOW_RANK, EditNoise
 from zo_gguf.edits import Edit, Live
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Gain, Hook, InPlace, LowRank, Store
-from zo_gguf.native import FLOATS, Library
+from zo_gguf.native import Library
 from zo_gguf.parallel import in_blocks
 from zo_gguf.scales import field_of
 
 Vector = NDArray[np.float32]
 BranchOf = tuple[int, int, float]
 AT_THETA = (0, 0, 0.0)  # the branch (seed, signs, scale) of theta itself
-# The noise's tensor numbers; those below are the native parts'.
-_FIRST_LOW_RANK, _FIRST_GAIN = 1 << 31, 3 << 30
 SPARSE = "sparse"
 
 
@@ -49,7 +48,7 @@ class Parameters:
         n_threads: int,
         distribution: int = NORMAL,
     ) -> None:
-        self._library, self._distribution = library, distribution
+        self._library, self._noise = library, EditNoise(library, distribution)
         self.delta, self._gguf = delta, gguf
         self._theta = delta.theta.copy()
         self.step: int | None = None  # all subspaces, as after the run
@@ -186,23 +185,23 @@ class Parameters:
         self._factors_are_there = True
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora" and self._low_rank is not None:
-                masters, tensor = self._theta[self._slices[name]], _FIRST_LOW_RANK + number
+                masters, tensor = self._theta[self._slices[name]], FIRST_LOW_RANK + number
                 self._low_rank.train(number, edit.rank, edit.scale, tensor, masters)
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
         """z(seed), (size,), at the current theta and step, in units; the same bits everywhere.
 
         Raises:
-            ZoError: `signs` is given, and not all parameters are sparse entries.
+            ZoError: `signs` is given, and there are edits in place.
         """
         if self._store is not None and not self.delta.edits:
             return self._store.noise(seed, signs)
         z = np.zeros(self.size, np.float32)
         if self._store is not None:
             z[: self._store.size] = self._store.noise(seed, signs)
-        if signs and self.delta.edits:
-            raise ZoError("Signs per example need sparse entries only; use another --estimator.")
         if self._in_place is not None:
+            if signs:
+                raise ZoError("Edits in place have no signs per example; use another --estimator.")
             live, first = self._in_place.noise(seed), 0
             if live.size == self.size:
                 return live
@@ -210,29 +209,12 @@ class Parameters:
                 n = part.stop - part.start
                 z[part] = live[first : first + n]
                 first += n
-        for number, name in enumerate(self.delta.gains):
-            part = self._slices[name]
-            whole = slice(0, part.stop - part.start)
-            z[part] = self._normal(seed, _FIRST_GAIN + number, whole)
+        for number, (name, gain) in enumerate(self.delta.gains.items()):
+            z[self._slices[name]] = self._noise.of_gain(number, gain, seed, signs)
+        step = self.step or 0
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
-            trained = edit.trained(self.step or 0)
-            first = self._slices[name].start
-            z[first + trained.start : first + trained.stop] = self._normal(
-                seed, _FIRST_LOW_RANK + number, trained
-            )
-        return z
-
-    def _normal(self, seed: int, tensor: int, part: slice) -> Vector:
-        z = np.empty(part.stop - part.start, np.float32)
-        self._library.call(
-            "zo_noise",
-            self._distribution,
-            seed,
-            tensor,
-            part.start,
-            z.size,
-            z.ctypes.data_as(FLOATS),
-        )
+            own = z[self._slices[name]]
+            own[edit.trained(step)] = self._noise.of_low_rank(number, edit, step, seed, signs)
         return z
 
     def live_values(self) -> dict[str, Vector]:
@@ -265,31 +247,33 @@ class Parameters:
         """As `prepare`, except for what is edited in place, whose memory may not be known yet."""
         if not self._factors_are_there:
             self._write_factors()
-        for branch, (seed, _, scale) in enumerate(probes):
+        for branch, probe in enumerate(probes):
             if self._gain is not None:
-                self._set_gains(self._gain, branch, seed, scale)
+                self._set_gains(self._gain, branch, probe)
             if self._low_rank is not None:
-                self._low_rank.probe(branch, seed, scale * self.unit("lora"))
-                self._set_products(self._low_rank, branch, seed, scale)
+                seed, signs, scale = probe
+                self._low_rank.probe(branch, seed, scale * self.unit("lora"), signs)
+                self._set_products(self._low_rank, branch, probe)
 
-    def _set_gains(self, gain: Gain, branch: int, seed: int, scale: float) -> None:
-        for number, name in enumerate(self.delta.gains):
+    def _set_gains(self, gain: Gain, branch: int, probe: BranchOf) -> None:
+        seed, signs, scale = probe
+        for number, (name, edit) in enumerate(self.delta.gains.items()):
             masters = self._theta[self._slices[name]]
             if scale != 0:
-                z = self._normal(seed, _FIRST_GAIN + number, slice(0, masters.size))
+                z = self._noise.of_gain(number, edit, seed, signs)
                 masters = masters + np.float32(scale * self.unit("gain")) * z
             gain.set(branch, number, 1 + masters)
 
-    def _set_products(self, low_rank: LowRank, branch: int, seed: int, scale: float) -> None:
+    def _set_products(self, low_rank: LowRank, branch: int, probe: BranchOf) -> None:
+        (seed, signs, scale), step = probe, self.step or 0
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora":
                 continue
             masters = self._theta[self._slices[name]]
             if scale != 0:
-                part = edit.trained(self.step or 0)
                 masters = masters.copy()
-                z = self._normal(seed, _FIRST_LOW_RANK + number, part)
-                masters[part] += np.float32(scale * self.unit(edit.kind)) * z
+                z = self._noise.of_low_rank(number, edit, step, seed, signs)
+                masters[edit.trained(step)] += np.float32(scale * self.unit(edit.kind)) * z
             low_rank.set(branch, number, *edit.factors(masters, self.step))
 
     def free(self) -> None:

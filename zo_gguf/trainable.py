@@ -103,7 +103,7 @@ class Trainable:
                 self.start,
                 self._gguf,
                 self._config.threads or default_threads(),
-                distribution_of(self._config.estimator),
+                distribution_of(self._config),
             )
         return self._own
 
@@ -119,7 +119,7 @@ class Trainable:
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,
             probes_per_decode=width if isinstance(width, int) else 1,
-            distribution=distribution_of(config.estimator),
+            distribution=distribution_of(config),
             path="hook" if signs and config.path == "auto" else config.path,
         )
         return self._engine

@@ -49,10 +49,11 @@ def start(config: TuneConfig, gguf: GgufFile) -> Delta:
     """
     check_method(config.method)
     delta = _start(config, gguf)
-    if config.estimator == "grzo" and delta.edits:
+    if config.estimator == "grzo" and delta.live:
         raise ZoError(
-            "grzo needs parameters that can differ between the rows of a decode: use it with "
-            "--method sensitive, or another --estimator."
+            "grzo needs parameters that can differ between the rows of a decode, and these are "
+            "edited in place: use it with sensitive, norm, lora or subspace, or take another "
+            "--estimator."
         )
     return delta
 
