@@ -59,8 +59,37 @@ def natural_one_sided(loss: Loss, theta: Vector, steps: list[Vector], eps: float
     return means[1:], [means[0]] * len(steps), list(np.linalg.inv(damped) @ slopes)
 
 
+def natural_choices(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
+    """Here and below, `loss` gives the probabilities of every row's choices, the right one at 0."""
+    sides = [(loss(theta + eps * z), loss(theta - eps * z)) for z in steps]
+    plus, minus = ([-np.mean([np.log(p[0]) for p in s[k]]) for s in sides] for k in (0, 1))
+    slopes = [(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)]
+    information = np.zeros((len(steps), len(steps)))
+    n_rows = len(sides[0][0])
+    for row in range(n_rows):
+        change = np.array([(a[row] - b[row]) / (2 * eps) for a, b in sides])
+        middle = np.array([(a[row] + b[row]) / 2 for a, b in sides])
+        response = change / np.sqrt(middle)
+        information += response @ response.T / n_rows
+    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
+    return plus, minus, list(np.linalg.inv(damped) @ slopes)
+
+
+def one_sided_choices(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
+    here, there = loss(theta), [loss(theta + eps * z) for z in steps]
+    means = [-float(np.mean([np.log(p[0]) for p in found])) for found in (here, *there)]
+    slopes, information = np.zeros(len(steps)), np.zeros((len(steps), len(steps)))
+    for row, p in enumerate(here):  # the logits move along tangents
+        score = np.array([np.log(later[row] / p) / eps for later in there])
+        score -= score @ p[:, None]
+        slopes -= score[:, 0] / len(here)
+        information += (score * p) @ score.T / len(here)
+    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
+    return means[1:], [means[0]] * len(steps), list(np.linalg.inv(damped) @ slopes)
+
+
 def fzoo(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
-    assert all((np.abs(z) == 1).all() for z in steps)
+    assert all(set(np.abs(z)) <= {0, 1} for z in steps)  # 0: what this step does not train
     here = float(rows(loss, theta).mean())
     there = [rows(loss, theta + eps * z).mean() for z in steps]
     return there, [here] * len(there), [(a - here) / np.std(there) for a in there]

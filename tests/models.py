@@ -135,12 +135,15 @@ class Converted:
 
 
 @cache
-def converted(kind: str) -> Converted:
-    """A tiny random F32 model, kind "llama" or "qwen3", and its F16 GGUF; made once per session."""
+def converted(kind: str, hidden: int = 256) -> Converted:
+    """A tiny random F32 model, kind "llama" or "qwen3", and its F16 GGUF; made once per session.
+
+    K-quants need 256 columns.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="zo-models-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     save = {"llama": save_llama, "qwen3": save_qwen3}[kind]
-    folder = save(scratch / kind, hidden=256, dtype=torch.float32)  # K-quants need 256 columns
+    folder = save(scratch / kind, hidden=hidden, dtype=torch.float32)
     convert(folder, scratch / f"{kind}-F16.gguf", pre=PRE, name=kind)
     return Converted(folder, scratch / f"{kind}-F16.gguf")
 
