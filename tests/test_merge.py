@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +270,18 @@ def test_a_failure_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         merge(config(made, output))
     assert list(output.parent.iterdir()) == []
+
+
+def test_drafts_of_killed_merges_are_removed(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    dead, alive = f".x.gguf.{killed.pid}.draft", f".x.gguf.{os.getppid()}.best"
+    others = {f"x.gguf.{killed.pid}.draft", f".y.gguf.{killed.pid}.draft"}
+    for name in (dead, alive, *others):
+        (tmp_path / name).touch()
+    merge(config(made, tmp_path / "x.gguf", data=None))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert dead not in left
+    assert {alive, "x.gguf"} | others < left

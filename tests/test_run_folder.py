@@ -56,6 +56,23 @@ def finished(
     return run
 
 
+def test_a_damaged_delta_is_made_anew_by_replay(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "again.safetensors"
+    shutil.copytree(finished, run)
+    good = Delta.load(finished)
+    damaged = bytearray((run / "delta.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (run / "delta.safetensors").write_bytes(damaged)
+    assert main(["replay", str(run)]) == 0
+    assert "its checksum differs" in caplog.text
+    assert main(["replay", str(run), "-o", str(out)]) == 0
+    again = Delta.load(out)
+    np.testing.assert_array_equal(again.theta, good.theta)
+    assert again.header.provenance["step"] == good.header.provenance["step"]
+
+
 def test_hashes_are_those_of_the_files_that_made_the_run(
     finished: Path, tiny_export: SimpleNamespace, task_dir: Path
 ) -> None:

@@ -96,6 +96,19 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         os.close(handle)
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; yes where that cannot be asked."""
+    if os.name != "posix":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, as hex."""
     digest = hashlib.sha256()

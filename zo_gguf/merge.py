@@ -7,6 +7,7 @@ The smallest file that keeps enough of the gain is taken. How bytes change stand
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import zo_gguf
 from zo_gguf.config import MergeConfig
 from zo_gguf.delta import Delta
 from zo_gguf.edits import describe
-from zo_gguf.files import atomic_write
+from zo_gguf.files import atomic_write, is_running
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import Value, check_output
 from zo_gguf.lora import LoraSummary, check_lora, write_lora
@@ -30,6 +31,7 @@ from zo_gguf.requantize import Patch
 from zo_gguf.stock import measure_stock
 
 RETENTION_GOAL = 0.98
+_DRAFTS = "edited|draft|best"
 
 _Keys = dict[str, Value | None]
 
@@ -202,8 +204,12 @@ def _result(
 
 @contextmanager
 def _drafts(output: Path, ends: Sequence[str]) -> Iterator[list[Path]]:
-    """Temporary names beside `output`; whatever is left under them is removed."""
+    """Temporary names beside `output`; what is left under them, also by a kill, is removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    for path in output.parent.iterdir():
+        killed = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)\.({_DRAFTS})", path.name)
+        if killed and not is_running(int(killed[1])):
+            path.unlink(missing_ok=True)
     paths = [output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ends]
     try:
         yield paths

@@ -1,6 +1,7 @@
 """`zo-gguf replay`: rebuild a run's delta from its trajectory, without any forward pass."""
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,13 @@ from tqdm import tqdm
 from zo_gguf.config import ReplayConfig
 from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
-from zo_gguf.run import first_state, open_trajectory, require_run
+from zo_gguf.run import Run, first_state, open_trajectory, require_run
 from zo_gguf.trainable import Trainable
+from zo_gguf.trajectory import Trajectory
 from zo_gguf.tune_config import parse_units
+
+_log = logging.getLogger(__name__)
+_DELTA = "delta.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,9 @@ def replay(config: ReplayConfig) -> ReplayResult:
         raise ZoError(f"{config.output!r} exists; give another -o or --overwrite.")
     trainable = Trainable(run.config)
     trajectory = open_trajectory(run, trainable)
-    finished = run.path / "delta.safetensors"
-    known = Delta.load(finished) if finished.is_file() else None
-    step = config.step
+    known, step = _known(run), config.step
     if step is None:
-        step = known.header.provenance["step"] if known else trajectory.n_records
+        step = known.header.provenance["step"] if known else _step_of_delta(run, trajectory)
     if step > trajectory.n_records:
         raise ZoError(f"Step {step} was not reached; the trajectory has {trajectory.n_records}.")
     state = first_state(trainable, run.config.optimizer)
@@ -78,3 +81,20 @@ def replay(config: ReplayConfig) -> ReplayResult:
     if config.output:
         delta.save(Path(config.output))
     return ReplayResult(delta, step, identical, config.output)
+
+
+def _known(run: Run) -> Delta | None:
+    """The run's delta, if it has one that can be read."""
+    path = run.path / _DELTA
+    try:
+        return Delta.load(path) if path.is_file() else None
+    except ZoError as error:
+        _log.warning("%s Replaying without it; -o FILE saves the result.", error)
+        return None
+
+
+def _step_of_delta(run: Run, trajectory: Trajectory) -> int:
+    """The step of a delta that was there and cannot be read, or else the last one."""
+    run.validations = {line["step"]: line for line in run.metrics() if "valid_loss" in line}
+    best = run.best_step() if (run.path / _DELTA).is_file() else None
+    return trajectory.n_records if best is None else best
