@@ -97,7 +97,7 @@ class TestEntries:
     def test_quants(self) -> None:
         for_f16 = {e.label for e in ENTRIES if e.applies("F16")}
         for_q4 = {e.label for e in ENTRIES if e.applies("Q4_0")}
-        assert for_f16 - for_q4 == {"magnitude, natural on one side, adam"}
+        assert for_f16 <= for_q4
         assert all("block-scale" in label for label in for_q4 - for_f16)
         assert REFERENCE in for_f16 & for_q4
 

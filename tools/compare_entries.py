@@ -70,6 +70,7 @@ ENTRIES = (
     Entry("fisher mask, natural on two sides, adam", mask="fisher", **_TWO_SIDES),
     Entry("norm, spsa, adam", "norm", mask=None),
     Entry("norm, fzoo of 8, sgd", "norm", "fzoo", "sgd", mask=None),
+    Entry("norm, grzo, adam", "norm", "grzo", mask=None),
     Entry("norm, natural on two sides, adam", "norm", mask=None, **_TWO_SIDES),
     Entry("norm, natural on one side, adam", "norm", mask=None, **_ONE_SIDE),
     Entry("norm, natural on one side, adam, soft", "norm", mask=None, targets="soft", **_ONE_SIDE),
@@ -90,9 +91,7 @@ ENTRIES = (
     ),
     Entry("subspace, natural on one side, adam", "subspace", mask=None, **_ONE_SIDE),
     Entry("lora, natural on one side, adam", "lora", mask=None, **_ONE_SIDE),
-    Entry(
-        "magnitude, natural on one side, adam", "magnitude", mask=None, quants="F16", **_ONE_SIDE
-    ),
+    Entry("magnitude, natural on one side, adam", "magnitude", mask=None, **_ONE_SIDE),
     Entry("sensitive+norm, natural on one side, adam", "sensitive+norm", **_ONE_SIDE),
     Entry(
         "sensitive+block-scale, natural on one side, adam",
