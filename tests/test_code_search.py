@@ -134,9 +134,9 @@ def test_more_starts_are_never_worse() -> None:
 def test_wide_rows_are_solved_like_narrow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(Type.Q4_0)
     narrow, _ = problem.solve()
-    monkeypatch.setattr(code_search, "_WIDE", 64)
-    wide, _ = problem.solve()
-    np.testing.assert_array_equal(narrow, wide)
+    for name, value in (("_ALIKE", 1), ("_TOGETHER", 3), ("_WORKING_SET", 1), ("_WIDE", 64)):
+        monkeypatch.setattr(code_search, name, value)
+        np.testing.assert_array_equal(problem.solve()[0], narrow)
     monkeypatch.setattr(code_search, "_LARGEST_FACTOR", 32)
     descent_only, _ = problem.solve()
     assert (

@@ -9,6 +9,7 @@ improves. Steps and offsets stay, and so do all blocks that were not touched.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 _SWEEPS = 6
+_TOGETHER = 64  # columns whose changes reach all others in one product
 _WIDE = 512  # columns; rows with more share their moments, if they touch the same blocks
+_ALIKE = 8  # rows with the same blocks, on average, from which on narrow ones share them too
 _LARGEST_FACTOR = 4096  # columns; beyond, only coordinate descent
 _LITTLE_WORK = 1 << 27  # of m^3 multiplications; up to here matrices are factored together
 _WORKING_SET = 1 << 22  # numbers held at once
@@ -67,7 +70,7 @@ def choose_codes(
                 best = codes if best is None else best.or_better(codes)
         assert best is not None
         result[members.reshape(-1)] = best.raw
-        output_error += float(rows.loss(best.error, rows.plain_moments).sum())
+        output_error += float(rows.plain_loss(best.error).sum())
     return result, output_error
 
 
@@ -82,12 +85,17 @@ def _batches(row: I64, column: I64, block: int) -> Iterator[NDArray[np.intp]]:
     for n_blocks in np.unique(count):
         members = first[count == n_blocks][:, None] + np.arange(n_blocks)
         width = int(n_blocks) * block
-        if width <= _WIDE:
-            size = max(1, _WORKING_SET // width**2)
-            yield from (members[i : i + size] for i in range(0, len(members), size))
+        kinds, group = np.unique(column[members], axis=0, return_inverse=True)
+        if width <= _WIDE and len(members) < _ALIKE * len(kinds):
+            yield from _chunks(members, _WORKING_SET // width**2)
         else:
-            _, group = np.unique(column[members], axis=0, return_inverse=True)
-            yield from (members[group.reshape(-1) == g] for g in range(group.max() + 1))
+            for number in range(len(kinds)):
+                yield from _chunks(members[group.reshape(-1) == number], _WORKING_SET // width)
+
+
+def _chunks(members: NDArray[np.intp], size: int) -> Iterator[NDArray[np.intp]]:
+    size = max(1, size)
+    return (members[first : first + size] for first in range(0, len(members), size))
 
 
 @dataclass
@@ -96,7 +104,7 @@ class _Codes:
 
     Attributes:
         raw: Bytes of the rows' blocks, (n_rows * n_blocks, block_bytes).
-        error: (n_rows, m) in the rows' column order.
+        error: (m, n_rows) in the rows' column order.
         loss: (n_rows,).
     """
 
@@ -110,14 +118,14 @@ class _Codes:
         blocks = np.repeat(better, len(self.raw) // len(better))
         return _Codes(
             np.where(blocks[:, None], other.raw, self.raw),
-            np.where(better[:, None], other.error, self.error),
+            np.where(better, other.error, self.error),
             np.where(better, other.loss, self.loss),
         )
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Step, its inverse and offset of every free weight, (n_rows, m)."""
+    """Step, its inverse and offset of every free weight, (m, n_rows)."""
 
     step: F64
     inverse: F64
@@ -125,7 +133,10 @@ class _Scale:
 
 
 class _Rows:
-    """Some rows with m free weights each, ordered by falling mean square of their inputs."""
+    """Some rows with m free weights each, ordered by falling mean square of their inputs.
+
+    Values of the free weights are (m, n_rows), so that one column of all rows lies together.
+    """
 
     def __init__(
         self, layout: Layout, column: I64, target: F32, moments: F32, ridge: float
@@ -133,30 +144,33 @@ class _Rows:
         self.layout = layout
         n_rows = len(column)
         columns = (column[..., None] * layout.block + np.arange(layout.block)).reshape(n_rows, -1)
-        shared = columns.shape[1] > _WIDE  # then the columns are the same in all rows
+        shared = bool((column == column[:1]).all())
         used = columns[:1] if shared else columns
         order = np.argsort(-moments[used, used], axis=1, kind="stable")
         used = np.take_along_axis(used, order, axis=1)
         self.order = np.broadcast_to(order, columns.shape)  # (n_rows, m)
-        chosen = moments[used[:, :, None], used[:, None, :]]  # (n_rows or 1, m, m)
-        self.plain_moments = chosen.astype(np.float64)
-        level = ridge * np.maximum(
-            np.einsum("rii->r", self.plain_moments) / columns.shape[1], 1e-30
-        )
-        self.moments = self.plain_moments + level[:, None, None] * np.eye(columns.shape[1])
+        chosen = moments[used[:, :, None], used[:, None, :]]
+        self.moments = chosen.astype(np.float64)  # (n_rows or 1, m, m)
+        diagonal = np.einsum("rii->ri", self.moments)  # a view
+        self.level = ridge * np.maximum(diagonal.mean(axis=1), 1e-30)
+        diagonal += self.level[:, None]
         self.target = self._ordered(target)
         self.uniform = layout.uniform
         self.levels = layout.levels.astype(np.float64)
         self.middles = (self.levels[1:] + self.levels[:-1]) / 2
 
     def _ordered(self, values: NDArray[Any]) -> F64:
-        """One value per weight of the blocks, (n_rows, m), in the rows' column order."""
+        """One value per weight of the blocks, (m, n_rows), in the rows' column order."""
         flat = values.reshape(self.order.shape).astype(np.float64)
-        return np.asarray(np.take_along_axis(flat, self.order, axis=1))
+        return np.ascontiguousarray(np.take_along_axis(flat, self.order, axis=1).T)
 
-    def loss(self, error: F64, moments: F64) -> F64:
-        """e H e, (n_rows,)."""
-        return np.asarray((_times(error, moments) * error).sum(axis=1))
+    def loss(self, error: F64) -> F64:
+        """e H e with the ridge, (n_rows,)."""
+        return np.asarray((_product(self.moments, error) * error).sum(axis=0))
+
+    def plain_loss(self, error: F64) -> F64:
+        """e H e without it."""
+        return np.asarray(self.loss(error) - self.level * np.square(error).sum(axis=0))
 
     def candidates(self, blocks: BlockCodes) -> Iterator[_Codes]:
         """The blocks' own codes and those of the sequential pass, both improved."""
@@ -165,66 +179,86 @@ class _Rows:
         offset = self._ordered(np.repeat(blocks.offset, group, axis=1))
         scale = _Scale(step, 1 / np.where(step == 0, 1, step), offset)
         starts = [self._ordered(self.layout.levels[blocks.codes])]
-        if step.shape[1] <= _LARGEST_FACTOR:
+        if len(step) <= _LARGEST_FACTOR:
             starts.append(self._sequential(scale))
         for levels in starts:
             error = self._descend(scale, levels)
-            unordered = np.empty_like(levels)
-            np.put_along_axis(unordered, self.order, levels, axis=1)
+            unordered = np.empty(self.order.shape)
+            np.put_along_axis(unordered, self.order, levels.T, axis=1)
             codes = np.searchsorted(self.levels, unordered)
             blocks.codes = codes.reshape(blocks.codes.shape).astype(np.int64)
-            yield _Codes(blocks.pack(), error, self.loss(error, self.moments))
+            yield _Codes(blocks.pack(), error, self.loss(error))
 
     def _sequential(self, scale: _Scale) -> F64:
         """GPTQ: quantize a column, let the columns to come make up for its error."""
         factor = _upper_factor(self.moments)
         # e H e is the sum over k of (sum over i <= k of e_i R_ik)^2: each column can make its own
         # term as small as its levels allow.
-        levels = np.empty_like(self.target)
+        levels, error = np.empty_like(self.target), np.empty_like(self.target)
         carried = np.zeros_like(self.target)
-        for j in range(levels.shape[1]):
-            wanted = self.target[:, j] - carried[:, j] / factor[:, j, j]
-            levels[:, j] = self._nearest(wanted, scale, j)
-            error = scale.step[:, j] * levels[:, j] - scale.offset[:, j] - self.target[:, j]
-            carried[:, j + 1 :] += error[:, None] * factor[:, j, j + 1 :]
+        for part, rest in _parts(len(levels)):
+            near = _columns(factor, part)
+            for i, j in enumerate(range(part.start, part.stop)):
+                wanted = self.target[j] - carried[j] / near[i, i]
+                levels[j] = self._nearest(wanted, scale, j)
+                error[j] = scale.step[j] * levels[j] - scale.offset[j] - self.target[j]
+                carried[j + 1 : part.stop] += near[i, i + 1 :] * error[j]
+            carried[rest] += _product(factor[:, part, rest], error[part])
         return levels
 
     def _descend(self, scale: _Scale, levels: F64) -> F64:
         """Change single levels of each row, in place, while that helps; returns the errors."""
         error = scale.step * levels - scale.offset - self.target
+        slope = _product(self.moments, error)  # half the gradient
+        near = [(part, _columns(self.moments, part)) for part, _ in _parts(len(levels))]
         for _ in range(_SWEEPS):
-            slope = _times(error, self.moments)  # half the gradient
             any_changed = False
-            for j in range(levels.shape[1]):
-                curvature = self.moments[:, j, j]
-                value = self.target[:, j] + error[:, j]
-                level = self._nearest(value - slope[:, j] / curvature, scale, j)
-                change = scale.step[:, j] * (level - levels[:, j])
-                helps = change * (2 * slope[:, j] + change * curvature) < -_TINY
-                if helps.any():
+            for part, moments in near:
+                slopes, before = slope[part].copy(), error[part].copy()
+                for i, j in enumerate(range(part.start, part.stop)):
+                    curvature = moments[i, i]
+                    value = self.target[j] + error[j]
+                    level = self._nearest(value - slopes[i] / curvature, scale, j)
+                    change = scale.step[j] * (level - levels[j])
+                    helps = change * (2 * slopes[i] + change * curvature) < -_TINY
+                    if helps.any():
+                        change = np.where(helps, change, 0)
+                        np.copyto(levels[j], level, where=helps)
+                        error[j] += change
+                        slopes[i + 1 :] += moments[i, i + 1 :] * change
+                changed = error[part] - before
+                if changed.any():
                     any_changed = True
-                    change = np.where(helps, change, 0)
-                    levels[helps, j] = level[helps]
-                    error[:, j] += change
-                    slope += change[:, None] * self.moments[:, j]
+                    slope += _product(self.moments[:, part], changed)
             if not any_changed:
                 break
         return error
 
     def _nearest(self, wanted: F64, scale: _Scale, j: int) -> F64:
         """The level whose value is nearest to what is wanted in column j, (n_rows,)."""
-        scaled = (wanted + scale.offset[:, j]) * scale.inverse[:, j]
+        scaled = (wanted + scale.offset[j]) * scale.inverse[j]
         if self.uniform:
             rounded = np.rint(scaled)
             return np.asarray(np.minimum(np.maximum(rounded, self.levels[0]), self.levels[-1]))
         return np.asarray(self.levels[np.searchsorted(self.middles, scaled)])
 
 
-def _times(error: F64, moments: F64) -> F64:
-    """Every row times its matrix, (n_rows, m)."""
-    if len(moments) == 1:
-        return np.asarray(error @ moments[0])
-    return np.asarray(np.einsum("rj,rjk->rk", error, moments))
+def _parts(m: int) -> list[tuple[slice, slice]]:
+    """Runs of columns, and what comes after each."""
+    edges = [*range(0, m, _TOGETHER), m]
+    return [(slice(a, b), slice(b, m)) for a, b in pairwise(edges)]
+
+
+def _columns(matrices: F64, part: slice) -> F64:
+    """The part of every matrix among these columns, (columns, columns, n_rows or 1)."""
+    return np.ascontiguousarray(matrices[:, part, part].transpose(1, 2, 0))
+
+
+def _product(matrices: F64, values: F64) -> F64:
+    """Every row's column of `values`, (k, n_rows), times its matrix, (n_rows or 1, k, m)."""
+    if len(matrices) == 1:
+        return np.asarray(matrices[0].T @ values)
+    return np.ascontiguousarray(np.matmul(values.T[:, None], matrices)[:, 0].T)
 
 
 def _upper_factor(moments: F64) -> F64:
