@@ -90,7 +90,7 @@ ESTIMATORS = {
     "two-sided": Estimator({**NATURAL, "sides": 2}, natural, 1, natural_choices),
     "one-sided": Estimator({**NATURAL, "sides": 1}, natural_one_sided, 2, one_sided_choices),
     "fzoo": Estimator({"estimator": "fzoo", "directions": 4}, fzoo, 2),
-    "grzo": Estimator({"estimator": "grzo"}, grzo),
+    "grzo": Estimator({"estimator": "grzo"}, grzo, 2),
 }
 IN_PLACE = ("grzo",)  # which refuses what is edited in place
 # Small steps for `magnitude`: a weight that crosses its threshold earlier or later than in the
@@ -184,7 +184,7 @@ def test_run_against_float64(case: Case, bases: dict[str, Base], tmp_path: Path)
         seeds.update((d.seed, d.signs) for d in record.directions)
         losses += plus
     way = np.linalg.norm(run.theta - delta.theta)
-    near, astray = (1e-3, 0.03) if case.quant == "F16" else (4e-3, 0.08)  # 8-bit activations
+    near, astray = (1e-3, 0.03) if case.quant == "F16" else (2e-3, 0.08)  # 8-bit activations
     assert len(seeds) == N_STEPS * len(steps)
     assert np.ptp(losses) > 10 * near
     assert max(errors) < near
