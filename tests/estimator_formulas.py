@@ -4,6 +4,7 @@ Each takes the loss, theta, the steps z of its directions, and eps.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,12 @@ def curvature(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Est
     return plus, minus, [g / max(1, c**0.1) for g, c in zip(slopes, second, strict=True)]
 
 
+def damped(information: Vector, slopes: Any) -> list[float]:
+    """Slopes multiplied by the inverse of the information with its mean added to the diagonal."""
+    n = len(information)
+    return list(np.linalg.inv(information + np.trace(information) / n * np.eye(n)) @ slopes)
+
+
 def natural(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
     plus, minus, slopes = spsa(loss, theta, steps, eps)
     sides = [(loss(theta + eps * z), loss(theta - eps * z)) for z in steps]
@@ -41,8 +48,7 @@ def natural(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estim
         tokens = np.array([(a[row] - b[row]) / (2 * eps) for a, b in sides])
         for token in tokens.T:
             information += np.outer(token, token) / tokens.shape[1] / n_rows
-    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
-    return plus, minus, list(np.linalg.inv(damped) @ slopes)
+    return plus, minus, damped(information, slopes)
 
 
 def natural_one_sided(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
@@ -55,8 +61,7 @@ def natural_one_sided(loss: Loss, theta: Vector, steps: list[Vector], eps: float
         tokens = np.array([(1 - later / likelihoods[0]) / eps for later in likelihoods[1:]])
         slopes += tokens.mean(axis=1) / n
         information += tokens @ tokens.T / tokens.shape[1] / n
-    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
-    return means[1:], [means[0]] * len(steps), list(np.linalg.inv(damped) @ slopes)
+    return means[1:], [means[0]] * len(steps), damped(information, slopes)
 
 
 def natural_choices(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
@@ -71,8 +76,7 @@ def natural_choices(loss: Loss, theta: Vector, steps: list[Vector], eps: float) 
         middle = np.array([(a[row] + b[row]) / 2 for a, b in sides])
         response = change / np.sqrt(middle)
         information += response @ response.T / n_rows
-    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
-    return plus, minus, list(np.linalg.inv(damped) @ slopes)
+    return plus, minus, damped(information, slopes)
 
 
 def one_sided_choices(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
@@ -84,12 +88,11 @@ def one_sided_choices(loss: Loss, theta: Vector, steps: list[Vector], eps: float
         score -= score @ p[:, None]
         slopes -= score[:, 0] / len(here)
         information += (score * p) @ score.T / len(here)
-    damped = information + np.trace(information) / len(steps) * np.eye(len(steps))
-    return means[1:], [means[0]] * len(steps), list(np.linalg.inv(damped) @ slopes)
+    return means[1:], [means[0]] * len(steps), damped(information, slopes)
 
 
 def fzoo(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
-    assert all(set(np.abs(z)) <= {0, 1} for z in steps)  # 0: what this step does not train
+    assert all(set(np.abs(z)) - {0} == {1} for z in steps)  # 0: what this step does not train
     here = float(rows(loss, theta).mean())
     there = [rows(loss, theta + eps * z).mean() for z in steps]
     return there, [here] * len(there), [(a - here) / np.std(there) for a in there]

@@ -24,7 +24,7 @@ EDITS: Edits = {
     "sub": LowRank("subspace", N_ROWS, N_COLS, RANK, 1.5, 10, floats(3, RANK, N_ROWS),
                    floats(3, RANK, N_COLS)),
 }  # fmt: skip
-# As native/zo.h has it: what the noise calls the first product and the first gain.
+# What the noise calls the first product and the first gain; above all numbers of the native parts.
 FIRST_LOW_RANK, FIRST_GAIN = 1 << 31, 3 << 30
 SEED, SIGNS, STEP = 5, 2**64 - 3, 14  # in the second subspace
 

@@ -272,9 +272,7 @@ def test_a_failure_leaves_nothing_behind(
     assert list(output.parent.iterdir()) == []
 
 
-def test_drafts_of_killed_merges_are_removed(
-    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_of_killed_merges_are_removed(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     dead, alive = f".x.gguf.{killed.pid}.draft", f".x.gguf.{os.getppid()}.best"

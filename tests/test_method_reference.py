@@ -37,6 +37,7 @@ from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.estimator import distribution_of
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.handles import RADEMACHER
 from zo_gguf.llama import native_library
 from zo_gguf.methods import start
 from zo_gguf.parameters import Parameters
@@ -169,6 +170,8 @@ def test_run_against_float64(case: Case, bases: dict[str, Base], tmp_path: Path)
         examples = draw(record.step - 1)
         z_of.write(delta.theta, record.step - 1)  # the step decides which subspace is trained
         steps = [units * z_of.noise(d.seed, d.signs) for d in record.directions]
+        if distribution == RADEMACHER and case.method != "subspace":
+            assert all(z.all() for z in steps)
         if case.method == "magnitude":
             trained = small(base, delta, theta, config.density or 0.25)
             steps = [z * trained for z in steps]
