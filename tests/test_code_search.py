@@ -221,8 +221,8 @@ def test_long_rows_are_thinned_out(
 
 def test_rounded_patches(tuned: tuple[GgufFile, Delta], tmp_path: Path) -> None:
     base, delta = tuned
-    plain = plain_patches(base, delta, 1)
-    rounded = rounded_patches(base, delta, plain, EXAMPLES * 8, ROUNDINGS[0], 1)
+    plain = plain_patches(base, delta, tmp_path, 1)
+    rounded = rounded_patches(base, delta, plain, EXAMPLES * 8, ROUNDINGS[0], tmp_path, 1)
     for name in delta.tensors:
         np.testing.assert_array_equal(rounded[name].ids, plain[name].ids)
         assert rounded[name].output_error is not None

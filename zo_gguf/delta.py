@@ -152,19 +152,31 @@ class Delta:
         low_rank = {name: (edit.n_rows, edit.n_cols) for name, edit in self.low_rank.items()}
         return self.shapes | low_rank
 
-    def entries(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def entries(
+        self, name: str, rows: tuple[int, int] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """What is added to a tensor: sorted flat indices and values, both (n,).
 
         A low-rank product adds to every weight, so its n is n_rows * n_cols.
+
+        Args:
+            name: The tensor.
+            rows: First and last + 1 of the rows that are asked for; None: all.
         """
+        n_rows, n_cols = self.changed[name]
+        first, last = rows or (0, n_rows)
+        indices, sparse = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if name in self.tensors:
+            indices = self.tensors[name]
+            low, high = np.searchsorted(indices, (first * n_cols, last * n_cols))
+            indices, sparse = indices[low:high], self.theta[self.slices()[name]][low:high]
         edit = self.low_rank.get(name)
         if edit is None:
-            return self.tensors[name], self.theta[self.slices()[name]]
+            return indices, sparse
         left, right = edit.factors(self.theta[self.edit_slices()[name]])
-        values = (left.T @ right).reshape(-1)
-        if name in self.tensors:
-            values[self.tensors[name]] += self.theta[self.slices()[name]]
-        return np.arange(values.size), values
+        values = (left[:, first:last].T @ right).reshape(-1)
+        values[indices - first * n_cols] += sparse
+        return np.arange(first * n_cols, last * n_cols), values
 
     @property
     def is_zero(self) -> bool:

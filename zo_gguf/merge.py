@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,28 +130,32 @@ def _merge_model(job: _Job) -> MergeResult:
 
 
 class _Roundings:
-    """The new bytes by each way of rounding, made when first asked for."""
+    """The new bytes by each way of rounding, made when asked for; those of the first are kept."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         if job.delta.changed:
             _say(f"re-quantizing {job.delta.nnz} tuned weights")
-        self._plain = plain_patches(job.source, job.delta, job.config.threads)
+        self._folder = job.output.parent
+        self._plain = plain_patches(job.source, job.delta, self._folder, job.config.threads)
         kinds = {job.base.tensors[name].type for name in job.delta.changed}
         helps = job.baseline is not None and job.config.type in ("auto", "keep")
         self.n_ways = len(ROUNDINGS) if helps and any(map(can_round, kinds)) else 1
-        self._made: dict[int, dict[str, Patch]] = {}
+        self._first: Mapping[str, Patch] | None = None
 
-    def __getitem__(self, way: int) -> dict[str, Patch]:
+    def __getitem__(self, way: int) -> Mapping[str, Patch]:
         if self.n_ways == 1 or self._job.baseline is None:
             return self._plain
-        if way not in self._made:
-            job, rows = self._job, self._job.baseline.calibration
-            _say("choosing codes by the inputs of the tuned weights")
-            self._made[way] = rounded_patches(
-                job.source, job.delta, self._plain, rows, ROUNDINGS[way], job.config.threads
-            )
-        return self._made[way]
+        if way == 0 and self._first is not None:
+            return self._first
+        job, rows, rounding = self._job, self._job.baseline.calibration, ROUNDINGS[way]
+        _say("choosing codes by the inputs of the tuned weights")
+        made = rounded_patches(
+            job.source, job.delta, self._plain, rows, rounding, self._folder, job.config.threads
+        )
+        if way == 0:
+            self._first = made
+        return made
 
 
 def _measured(job: _Job, path: Path, plan: Plan) -> Candidate:

@@ -5,8 +5,12 @@ remaining errors cancel in the outputs. The ways differ little on average, but e
 of its own, whose effect on the loss only measuring tells; so merge may try more than one.
 """
 
+import os
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -19,8 +23,9 @@ from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
 from zo_gguf.gguf_file import GgufFile, dequantize_rows
 from zo_gguf.quant_layout import layout_of
-from zo_gguf.requantize import TUNED_WEIGHT, Patch, block_of, requantize
+from zo_gguf.requantize import TUNED_WEIGHT, Patch, block_of, requantize, row_parts
 
+_TOGETHER = 1 << 22  # weights of a matrix that are numbers at once
 _MAX_BYTES = 1 << 30  # of inputs in memory
 _MAX_COLUMNS = 16384  # wider matrices have too large second moments
 _MAX_LEVELS = 64  # finer types have no error worth a search
@@ -49,13 +54,59 @@ ROUNDINGS = (
 )
 
 
-def plain_patches(base: GgufFile, delta: Delta, n_threads: int | None) -> dict[str, Patch]:
+class PatchFile(Mapping[str, Patch]):
+    """Patches by tensor in a file without a name: memory holds one, and a kill leaves nothing.
+
+    Low-rank products touch every block, so all patches of a model are as large as its file.
+
+    Args:
+        folder: Where there is room for the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as the patches
+        weakref.finalize(self, self._file.close)
+        self._places: dict[str, tuple[int, Patch]] = {}
+
+    def add(self, name: str, patch: Patch) -> None:
+        """Store a tensor's patch."""
+        place = self._file.seek(0, os.SEEK_END)
+        np.save(self._file, patch.ids)
+        np.save(self._file, patch.blocks)
+        nothing = replace(patch, ids=patch.ids[:0].copy(), blocks=patch.blocks[:0].copy())
+        self._places[name] = place, nothing
+
+    def __getitem__(self, name: str) -> Patch:
+        place, patch = self._places[name]
+        self._file.seek(place)
+        ids = np.load(self._file)
+        return replace(patch, ids=ids, blocks=np.load(self._file))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def plain_patches(
+    base: GgufFile, delta: Delta, folder: Path, n_threads: int | None
+) -> Mapping[str, Patch]:
     """For every tuned tensor, the new bytes of its touched blocks within its own type.
+
+    Args:
+        base: The GGUF that was tuned.
+        delta: What was learned.
+        folder: Where a temporary file may lie.
+        n_threads: Worker threads.
 
     Raises:
         ZoError: A tensor's type can neither be searched nor quantized to.
     """
-    return {name: _requantize(base, delta, name, TUNED_WEIGHT, n_threads) for name in delta.changed}
+    result = PatchFile(folder)
+    for name in tqdm(delta.changed, "re-quantizing", unit="matrix", disable=None, leave=False):
+        result.add(name, _requantize(base, delta, name, TUNED_WEIGHT, n_threads))
+    return result
 
 
 def rounded_patches(
@@ -64,8 +115,9 @@ def rounded_patches(
     plain: Mapping[str, Patch],
     examples: Sequence[Example],
     rounding: Rounding,
+    folder: Path,
     n_threads: int | None,
-) -> dict[str, Patch]:
+) -> Mapping[str, Patch]:
     """The same blocks with codes that suit the tuned model's inputs on some rows.
 
     Args:
@@ -74,9 +126,10 @@ def rounded_patches(
         plain: From `plain_patches`; kept where the inputs are not known or the type is fine enough.
         examples: The rows.
         rounding: How.
+        folder: Where a temporary file may lie.
         n_threads: Worker threads.
     """
-    result = dict(plain)
+    result = PatchFile(folder)
     portions = list(_portions(base, delta))
     n = sum(map(len, portions))
     with tqdm(total=n, desc="choosing codes", unit="matrix", disable=None, leave=False) as bar:
@@ -84,10 +137,14 @@ def rounded_patches(
             inputs = sample_inputs(base, delta, names, examples, n_threads=n_threads)
             for name in names:
                 if name in inputs:
-                    result[name] = _round(
+                    patch = _round(
                         base, delta, name, plain[name], inputs[name], rounding, n_threads
                     )
+                    result.add(name, patch)
                 bar.update(1)
+    for name in plain:
+        if name not in result:
+            result.add(name, plain[name])
     return result
 
 
@@ -117,12 +174,28 @@ def can_round(kind: GGMLQuantizationType) -> bool:
 def _requantize(
     base: GgufFile, delta: Delta, name: str, tuned_weight: float, n_threads: int | None
 ) -> Patch:
-    return requantize(
-        base.raw(name),
-        base.tensors[name].type,
-        *delta.entries(name),
-        tuned_weight=tuned_weight,
-        n_threads=n_threads,
+    kind, raw = base.tensors[name].type, base.raw(name)
+    n_rows, n_cols = delta.changed[name]
+    patches = []
+    for first, last in row_parts(n_rows, n_cols, _TOGETHER):
+        indices, theta = delta.entries(name, (first, last))
+        if not indices.size:
+            continue
+        start = first * n_cols
+        patch = requantize(
+            raw[first:last],
+            kind,
+            indices - start,
+            theta,
+            tuned_weight=tuned_weight,
+            n_threads=n_threads,
+        )
+        patches.append(replace(patch, ids=patch.ids + start // block_of(kind)[0]))
+    return Patch(
+        np.concatenate([patch.ids for patch in patches]),
+        np.concatenate([patch.blocks for patch in patches]),
+        sum(patch.tuned_error for patch in patches),
+        sum(patch.other_error for patch in patches),
     )
 
 
@@ -159,8 +232,14 @@ def _targets(
     """Wanted values of some blocks, (n, block)."""
     kind = base.tensors[name].type
     block, block_bytes = block_of(kind)
-    values = dequantize_rows(base.raw(name).reshape(-1, block_bytes)[ids], kind)
-    indices, theta = delta.entries(name)
-    position = np.searchsorted(ids, indices // block) * block + indices % block
-    values.reshape(-1)[position] += theta
+    stored = base.raw(name).reshape(-1, block_bytes)
+    n_rows, n_cols = delta.changed[name]
+    values = np.empty((len(ids), block), np.float32)
+    for rows in row_parts(n_rows, n_cols, _TOGETHER):
+        low, high = np.searchsorted(ids, np.array(rows) * (n_cols // block))
+        part = dequantize_rows(stored[ids[low:high]], kind)
+        indices, theta = delta.entries(name, rows)
+        position = np.searchsorted(ids[low:high], indices // block) * block + indices % block
+        part.reshape(-1)[position] += theta
+        values[low:high] = part
     return values

@@ -18,10 +18,10 @@ from zo_gguf.errors import ZoError
 from zo_gguf.ggml_quant import quantize_blocks
 from zo_gguf.gguf_file import GgufFile, TensorInfo
 from zo_gguf.gguf_write import NewTensor, Value, copy_gguf
-from zo_gguf.requantize import TUNED_WEIGHT, Patch
+from zo_gguf.requantize import TUNED_WEIGHT, Patch, row_parts
 
 _FLOATS = (Type.F16, Type.F32, Type.BF16, Type.F64)
-_ROWS = 1 << 20  # weights per piece when a whole tensor is written anew
+_TOGETHER = 1 << 20  # weights that are numbers at once when a whole tensor is written anew
 
 
 @dataclass(frozen=True)
@@ -170,26 +170,13 @@ class _Promotion:
 
     def __call__(self) -> NDArray[np.uint8]:
         n_rows, n_cols = self.base.tensors[self.name].shape
-        step = max(1, _ROWS // n_cols)
-        entries = self.delta.entries(self.name)
-        return np.concatenate(
-            [
-                self._rows(first, min(first + step, n_rows), n_cols, *entries)
-                for first in range(0, n_rows, step)
-            ]
-        )
+        parts = row_parts(n_rows, n_cols, _TOGETHER)
+        return np.concatenate([self._rows(first, last, n_cols) for first, last in parts])
 
-    def _rows(
-        self,
-        first: int,
-        last: int,
-        n_cols: int,
-        indices: NDArray[np.int64],
-        theta: NDArray[np.float32],
-    ) -> NDArray[np.uint8]:
+    def _rows(self, first: int, last: int, n_cols: int) -> NDArray[np.uint8]:
         values = self.base.dequantize(self.name, np.arange(first, last))
-        low, high = np.searchsorted(indices, (first * n_cols, last * n_cols))
-        values.reshape(-1)[indices[low:high] - first * n_cols] += theta[low:high]
+        indices, theta = self.delta.entries(self.name, (first, last))
+        values.reshape(-1)[indices - first * n_cols] += theta
         if self.kind == Type.F16:
             if np.abs(values).max() > np.finfo(np.float16).max:
                 raise ZoError(

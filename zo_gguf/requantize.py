@@ -125,6 +125,11 @@ def _pieces(total: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, total)) for first in range(0, total, size)]
 
 
+def row_parts(n_rows: int, n_cols: int, n_weights: int) -> list[tuple[int, int]]:
+    """A matrix in parts of whole rows, (first, last + 1) each, of some `n_weights` weights."""
+    return _pieces(n_rows, max(1, n_weights // n_cols))
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Blocks to change: their bytes (n, block_bytes), and where theta is to be added in them."""
