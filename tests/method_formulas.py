@@ -39,8 +39,8 @@ class Reference:
     def weights(self, delta: Delta, theta: torch.Tensor) -> dict[str, torch.Tensor]:
         """The weights that `theta`, (nnz,), changes."""
         result = {}
-        for name, part in delta.edit_slices().items():
-            edit, own, weight = delta.edits[name], theta[part], self.base[name]
+        for name, edit, part in delta.parts():
+            own, weight = theta[part], result.get(name, self.base[name])
             if isinstance(edit, Gain):
                 result[name] = weight * (1 + own)
             elif isinstance(edit, Live) and edit.kind == "weight":

@@ -10,7 +10,7 @@ from test_native_edits import noise
 from tiny_gguf import write_llama
 
 from zo_gguf.delta import Delta
-from zo_gguf.edits import Edits, Gain, Live, LowRank
+from zo_gguf.edits import Edits, Gain, Live, LowRank, Products
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, RADEMACHER
@@ -18,8 +18,8 @@ from zo_gguf.llama import native_library
 from zo_gguf.parameters import Parameters
 
 N_ROWS, N_COLS, RANK = 6, 5, 3
-EDITS: Edits = {
-    "gain": Gain(7),
+EDITS: Edits = {"gain": Gain(7)}
+PRODUCTS: Products = {
     "lora": LowRank("lora", N_ROWS, N_COLS, RANK, 2.0, 0, NONE, NONE),
     "sub": LowRank("subspace", N_ROWS, N_COLS, RANK, 1.5, 10, floats(3, RANK, N_ROWS),
                    floats(3, RANK, N_COLS)),
@@ -32,7 +32,8 @@ SEED, SIGNS, STEP = 5, 2**64 - 3, 14  # in the second subspace
 @pytest.fixture
 def parameters(tmp_path: Path) -> Parameters:
     gguf = GgufFile(write_llama(tmp_path / "m.gguf", Type.F32))
-    delta = Delta({}, {}, np.zeros(sum(e.size for e in EDITS.values()), np.float32), HEADER, EDITS)
+    n = sum(edit.size for edit in [*EDITS.values(), *PRODUCTS.values()])
+    delta = Delta({}, {}, np.zeros(n, np.float32), HEADER, EDITS, PRODUCTS)
     parameters = Parameters(native_library(), delta, gguf, 1, NORMAL)
     parameters.write(delta.theta, STEP)
     return parameters

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_edits import EDITS, HEADER, N_COLS, N_ROWS, SPARSE, lora, make_delta
+from test_edits import EDITS, HEADER, N_COLS, N_ROWS, PRODUCTS, SPARSE, lora, make_delta
 
 from zo_gguf import sparse_file
 from zo_gguf.delta import Delta
@@ -30,7 +30,7 @@ def rewrite(path: Path, change: Change) -> None:
     rows = document["edits"] if isinstance(document.get("edits"), list) else []
     for row in rows:
         if isinstance(row, list) and row:
-            order += [f"{row[0]}.{part}" for part in ("masters", "left", "right")]
+            order += [f"{row[0]}.{part}" for part in ("masters", "product", "left", "right")]
     document["sha256"] = sparse_file._digest({n: arrays[n] for n in order if n in arrays})
     save_file(arrays, path, metadata={"zo_gguf": json.dumps(document)})
 
@@ -44,12 +44,12 @@ def edit_rows(value: Any) -> Change:
 
 
 def cell(edit: str, column: int, value: Any) -> Change:
-    row = list(EDITS).index(edit)
+    row = [*EDITS, *PRODUCTS].index(edit)
     return lambda _, document: document["edits"][row].__setitem__(column, value)
 
 
 def cut(edit: str, n: int) -> Change:
-    row = list(EDITS).index(edit)
+    row = [*EDITS, *PRODUCTS].index(edit)
     return lambda _, document: document["edits"].__setitem__(row, document["edits"][row][:n])
 
 
@@ -58,7 +58,7 @@ def test_rewriting_without_a_change_is_accepted(tmp_path: Path) -> None:
     assert Delta.load(tmp_path / "d").theta.tobytes() == make_delta().theta.tobytes()
 
 
-ARRAYS = ["scales.masters", "norm.masters", "sub.masters", "lora.masters", "sub.left", "sub.right"]
+ARRAYS = ["scales.masters", "norm.masters", "sub.product", "lora.product", "sub.left", "sub.right"]
 BREAKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "shape": lambda a: a.reshape(-1, 1),
     "length": lambda a: a.reshape(-1)[:-1].copy(),
@@ -100,7 +100,7 @@ DAMAGE: dict[str, Change] = {
     "scale text": cell("lora", 7, "much"),
     "refresh text": cell("sub", 8, "often"),
     "a longer live row": lambda _, d: d["edits"][0].append(1),
-    "a longer gain row": lambda _, d: d["edits"][-1].append(1),
+    "a longer gain row": lambda _, d: d["edits"][3].append(1),
     "no edits": lambda _, d: d.pop("edits"),
     "an edit less": lambda _, d: d["edits"].pop(1),
     "an edit twice": lambda _, d: d["edits"].append(d["edits"][1]),
@@ -161,4 +161,4 @@ def test_two_shapes_for_one_tensor_are_refused() -> None:
     shape = (N_ROWS, N_COLS + 1)
     tensors = {"lora": np.array([0, N_ROWS * N_COLS + 1])}
     with pytest.raises(ZoError, match="lora"):
-        Delta(tensors, {"lora": shape}, theta, HEADER, {"lora": lora()})
+        Delta(tensors, {"lora": shape}, theta, HEADER, low_rank={"lora": lora()})

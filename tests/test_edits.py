@@ -1,5 +1,6 @@
 """Deltas with edits: round trip, products against float64. Damaged files: test_edit_refusals."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from zo_gguf.delta import Delta, DeltaHeader
-from zo_gguf.edits import Edit, Edits, Gain, Live, LowRank
+from zo_gguf.edits import Edit, Edits, Gain, Live, LowRank, Products
 from zo_gguf.errors import ZoError
 
 HASH = "0123456789abcdef" * 4
@@ -33,21 +34,22 @@ def lora() -> LowRank:
 
 EDITS: Edits = {  # not in alphabetical order: the order of theta must survive
     "scales": Live("scale", 6, relative=True),
-    "sub": subspace(),
     "absolute": Live("scale", 3),
-    "lora": lora(),
     "float": Live("weight", 7, limit=0.25),
     "norm": Gain(4),
 }
-SIZES = {"scales": 6, "sub": 12, "absolute": 3, "lora": 18, "float": 7, "norm": 4}
+PRODUCTS: Products = {"sub": subspace(), "scales": lora(), "lora": lora()}  # two on "scales"
+SIZES = [6, 3, 7, 4, 12, 18, 18]
 SPARSE = {"w": np.array([0, 7, 8]), "lora": np.array([0, 9, 19])}
 SHAPES = {"w": (3, 3), "lora": (N_ROWS, N_COLS)}
 
 
-def make_delta(edits: Edits = EDITS, *, sparse: bool = True) -> Delta:
+def make_delta(names: Sequence[str] = (*EDITS, *PRODUCTS), *, sparse: bool = True) -> Delta:
     tensors, shapes = (SPARSE, SHAPES) if sparse else ({}, {})
-    n = sum(edit.size for edit in edits.values()) + 6 * sparse
-    return Delta(tensors, shapes, floats(n), HEADER, edits)
+    edits = {name: edit for name, edit in EDITS.items() if name in names}
+    products = {name: product for name, product in PRODUCTS.items() if name in names}
+    n = sum(edit.size for edit in [*edits.values(), *products.values()]) + 6 * sparse
+    return Delta(tensors, shapes, floats(n), HEADER, edits, products)
 
 
 def described(edit: Edit) -> list[Any]:
@@ -58,16 +60,17 @@ def described(edit: Edit) -> list[Any]:
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("names", [list(EDITS), ["scales"], ["sub"], ["lora"], ["float"], ["norm"]])
+@pytest.mark.parametrize(
+    "names", [[*EDITS, *PRODUCTS], ["scales"], ["sub"], ["lora"], ["float"], ["norm"]]
+)
 def test_round_trip_with_equal_bytes(tmp_path: Path, names: list[str], sparse: bool) -> None:
-    delta = make_delta({name: EDITS[name] for name in names}, sparse=sparse)
+    delta = make_delta(names, sparse=sparse)
     delta.save(tmp_path / "d")
     again = Delta.load(tmp_path / "d")
     assert again.theta.tobytes() == delta.theta.tobytes()
-    assert list(again.edits) == names
-    for name, edit in delta.edits.items():
-        assert type(again.edits[name]) is type(edit)
-        assert described(again.edits[name]) == described(edit)
+    for mine, theirs in zip(again.parts(), delta.parts(), strict=True):
+        assert (mine[0], type(mine[1]), mine[2]) == (theirs[0], type(theirs[1]), theirs[2])
+        assert described(mine[1]) == described(theirs[1])
     assert again.header == HEADER
     assert again.shapes == delta.shapes
     assert list(again.tensors) == list(delta.tensors)
@@ -80,31 +83,32 @@ def test_a_run_goes_on_from_the_loaded_delta(tmp_path: Path) -> None:
     loaded = Delta.load(tmp_path / "d")
     np.testing.assert_array_equal(loaded.theta, 2 * make_delta().theta)
     assert loaded.header.provenance == {"step": 9}
-    assert list(loaded.edits) == list(EDITS)
+    assert (list(loaded.edits), list(loaded.low_rank)) == (list(EDITS), list(PRODUCTS))
 
 
 def test_parts_of_theta() -> None:
     delta = make_delta()
-    assert {name: edit.size for name, edit in EDITS.items()} == SIZES
-    assert (delta.nnz, delta.n_sparse) == (6 + sum(SIZES.values()), 6)
+    assert [edit.size for _, edit, _ in delta.parts()] == SIZES
+    assert (delta.nnz, delta.n_sparse) == (6 + sum(SIZES), 6)
     covered = [*delta.slices().values(), *delta.edit_slices().values()]
+    covered += delta.low_rank_slices().values()
+    assert covered[2:] == [part for _, _, part in delta.parts()]
     assert [i for part in covered for i in range(part.start, part.stop)] == list(range(delta.nnz))
     assert list(delta.live) == ["scales", "absolute", "float"]
-    assert list(delta.low_rank) == ["sub", "lora"]
     assert list(delta.gains) == ["norm"]
-    assert delta.changed == {"w": (3, 3), "lora": (N_ROWS, N_COLS), "sub": (N_ROWS, N_COLS)}
+    shape = (N_ROWS, N_COLS)
+    assert delta.changed == {"w": (3, 3), "lora": shape, "sub": shape, "scales": shape}
 
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_products_are_what_is_added_to_matrices(tmp_path: Path, sparse: bool) -> None:
     delta = make_delta(sparse=sparse)
     rest = delta.products()
-    assert list(rest.edits) == ["sub", "lora"]
+    assert (rest.edits, rest.low_rank) == ({}, PRODUCTS)
     assert rest.n_sparse == delta.n_sparse
-    for name in rest.edits:
-        np.testing.assert_array_equal(
-            rest.theta[rest.edit_slices()[name]], delta.theta[delta.edit_slices()[name]]
-        )
+    for name, part in rest.low_rank_slices().items():
+        theirs = delta.theta[delta.low_rank_slices()[name]]
+        np.testing.assert_array_equal(rest.theta[part], theirs)
     for name in rest.changed:
         for mine, theirs in zip(rest.entries(name), delta.entries(name), strict=True):
             np.testing.assert_array_equal(mine, theirs)
@@ -173,8 +177,8 @@ def test_entries_of_products_and_of_sparse_weights() -> None:
     indices, values = delta.entries("w")
     np.testing.assert_array_equal(indices, SPARSE["w"])
     np.testing.assert_array_equal(values, delta.theta[:3])
-    slices = delta.edit_slices()
-    for name in ("sub", "lora"):
+    slices = delta.low_rank_slices()
+    for name in PRODUCTS:
         edit = delta.low_rank[name]
         expected = expected_product(edit, delta.theta[slices[name]]).ravel()
         if name == "lora":  # entries of its own beside the product
@@ -190,7 +194,7 @@ def test_entries_of_products_and_of_sparse_weights() -> None:
 
 def test_theta_must_fit_and_be_finite() -> None:
     delta = make_delta()
-    with pytest.raises(ZoError, match=r"shape \(55,\).*56 positions"):
+    with pytest.raises(ZoError, match=r"shape \(73,\).*74 positions"):
         replace(delta, theta=delta.theta[:-1])
     bad = delta.theta.copy()
     bad[-1] = np.nan
@@ -199,7 +203,7 @@ def test_theta_must_fit_and_be_finite() -> None:
 
 
 def test_the_wrong_base_is_refused() -> None:
-    tensors = dict.fromkeys(["lora", "sub"], (N_ROWS, N_COLS)) | {"w": (3, 3)}
+    tensors = dict.fromkeys(PRODUCTS, (N_ROWS, N_COLS)) | {"w": (3, 3)}
 
     def base(tensors: dict[str, Any]) -> Any:
         def info(name: str) -> None:
@@ -211,6 +215,6 @@ def test_the_wrong_base_is_refused() -> None:
     make_delta().products().check_base(base(tensors))
     with pytest.raises(ZoError, match=r"'sub' of shape \(4, 5\)"):
         make_delta().check_base(base(tensors | {"sub": (5, 4)}))
-    for name in ("scales", "norm"):
+    for name in ("absolute", "norm"):
         with pytest.raises(ZoError, match=f"no tensor '{name}'"):
-            make_delta({name: EDITS[name]}).check_base(base(tensors))
+            make_delta([name]).check_base(base(tensors))

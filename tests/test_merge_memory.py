@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from tests.tiny_gguf import packed, random_delta, write_llama
 from zo_gguf import merge_patches
 from zo_gguf.delta import Delta, DeltaHeader
-from zo_gguf.edits import Edits, LowRank
+from zo_gguf.edits import LowRank, Products
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import NewTensor, write_gguf
 from zo_gguf.merge_patches import PatchFile, plain_patches
@@ -35,12 +35,12 @@ def matrices(path: Path, n: int, kind: Type = Type.Q4_0) -> GgufFile:
 def low_rank(base: GgufFile) -> Delta:
     """A LoRA on every matrix."""
     none = np.zeros((0, 0, 0), np.float32)
-    edits: Edits = {
+    products: Products = {
         name: LowRank("lora", N_ROWS, N_COLS, RANK, 2.0, 0, none, none) for name in base.tensors
     }
-    n = sum(edit.size for edit in edits.values())
+    n = sum(product.size for product in products.values())
     theta = np.random.default_rng(1).normal(0, 0.02, n).astype(np.float32)
-    return Delta({}, {}, theta, DeltaHeader.of(base, "lora"), edits)
+    return Delta({}, {}, theta, DeltaHeader.of(base, "lora"), low_rank=products)
 
 
 @pytest.mark.parametrize("among", ["sparse", "product"])

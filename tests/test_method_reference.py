@@ -116,6 +116,7 @@ CASES += [
     Case("magnitude", "F16", 0.004, {"learning_rate": 7e-5, "density": 0.6}),
     Case("block-scale", "Q8_0", 4e-5, {"absolute": True}),
     Case("sensitive+block-scale", "Q8_0", 0.03, {"unit": ["sparse=0.5", "scale=6"]}),
+    Case("lora+block-scale", "Q8_0", 0.01, {"unit": ["lora=0.5", "scale=4"]}),
     Case("norm", "F16", 0.05, {"targets": "answers"}, "two-sided", choices=True),
     Case("norm", "F16", 0.05, {"targets": "answers"}, "one-sided", choices=True),
     Case("sensitive", "F16", 0.02, {"targets": "answers"}, "one-sided", choices=True),
@@ -158,7 +159,9 @@ def test_run_against_float64(case: Case, bases: dict[str, Base], tmp_path: Path)
     delta = start(config, file)
     theta, units = delta.theta.astype(np.float64), np.ones(delta.nnz)
     for kind, unit in (item.split("=") for item in config.unit):
-        units[slice(delta.n_sparse) if kind == "sparse" else slice(delta.n_sparse, None)] = unit
+        for _, edit, part in delta.parts():
+            units[part] = unit if edit.kind == kind else units[part]
+        units[: delta.n_sparse] = unit if kind == "sparse" else units[: delta.n_sparse]
     for name, weight in base.own.weights(delta, torch.tensor(theta)).items():
         if name not in delta.tensors:  # these start at their residuals
             torch.testing.assert_close(weight, base.own.base[name], atol=1e-9, rtol=1e-6)

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "dense-F16": (0.004, {}),
     "dense-Q4_0": (0.1, {"train": "norm"}),
     "sensitive+block-scale-Q8_0": (0.02, {"unit": ["sparse=1", "scale=3"]}),
+    "lora+block-scale-Q8_0": (0.02, {"rank": 4, "unit": ["scale=2", "lora=0.5"]}),
     "block-scale+norm-Q8_0": (0.05, {"unit": ["scale=1", "gain=1"]}),
     "sensitive+dense-Q4_0": (0.02, {"unit": ["sparse=1", "weight=4"]}),
 }
@@ -264,16 +265,15 @@ def test_lora_in_stock(method: str, folder: Path, tmp_path: Path) -> None:
 # ---- refusals ------------------------------------------------------------------------------------
 
 EDITING = ["block-scale", "dense", "norm+block-scale", "sensitive+dense"]
+TWICE = ["dense+magnitude", "subspace+lora", "sensitive+dense", "lora+dense"]
 REFUSALS = [
     ("block-scale", "F16", {}, "no quantized matrices.*--method dense"),
     ("dense", "Q4_0", {"train": "attn_q"}, "'blk.0.attn_q.weight' is quantized to Q4_0"),
     ("norm", "Q4_0", {"train": "attn_q"}, "no norm weights"),
     ("subspace", "Q4_0", {"rank": 32, "refresh": 2}, "20 subspaces of rank 32 need rank 640"),
     ("subspace", "Q4_0", {"rank": 129}, "--rank 129 is more than the smallest matrix has, 128"),
-    ("dense+magnitude", "F16", {}, "train the same tensors"),
-    ("subspace+lora", "Q4_0", {}, "train the same tensors"),
+    *((name, "F16", {}, "train the same tensors") for name in TWICE),
     ("sensitive+magnitude", "Q4_0", {}, "train the same tensors"),
-    ("sensitive+dense", "F16", {}, "train the same tensors"),
     ("dense", "F16", {"probes_per_decode": 2}, "one probe at a time"),
     *((name, "Q4_0", {"estimator": "grzo"}, "grzo needs.*lora or subspace") for name in EDITING),
 ]

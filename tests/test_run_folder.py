@@ -81,7 +81,7 @@ def test_hashes_are_those_of_the_files_that_made_the_run(
     assert set(hashes) == {str(file) for file in files}
 
 
-@pytest.mark.parametrize("method", [*METHODS, "sensitive+norm"])
+@pytest.mark.parametrize("method", [*METHODS, "sensitive+norm", "block-scale+lora"])
 def test_info_on_a_delta_of_every_method(
     method: str, tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
@@ -92,7 +92,7 @@ def test_info_on_a_delta_of_every_method(
     result = info(InfoConfig(path=str(tmp_path / "d.safetensors")))
     facts = json.loads(result.render(as_json=True))
     assert facts["weights"] == delta.nnz
-    assert facts["tensors"] == len(delta.tensors) + len(delta.edits) > 0
+    assert facts["tensors"] == len({*delta.tensors, *delta.edits, *delta.low_rank}) > 0
     assert ("sparse" in facts["kinds"]) == bool(delta.tensors)
     assert result.render()
 

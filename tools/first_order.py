@@ -179,7 +179,7 @@ def first_order(options: argparse.Namespace) -> Bound:
         mask=str(options.mask or ""),
     )
     delta = start(config, GgufFile(options.model))
-    if other := {edit.kind for edit in delta.edits.values()} - {"gain"}:
+    if other := {edit.kind for _, edit, _ in delta.parts()} - {"gain"}:
         raise ZoError(f"There is no bound for {', '.join(other)}; take --method sensitive or norm.")
     with Engine(options.model, n_threads=1) as engine:
         rows, valid = load_train_valid(options.data, engine, val_split=TuneConfig.val_split)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.delta import Delta
-from zo_gguf.edits import LowRank
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Tensors
@@ -96,7 +95,7 @@ class AdapterParameters(Parameters):
             for name, indices in delta.tensors.items()
         }
         self._parts = [(SPARSE, part) for part in self._sparse_slices.values()]
-        self._parts += [(edit.kind, self._slices[name]) for name, edit in delta.edits.items()]
+        self._parts += [(edit.kind, part) for _, edit, part in delta.parts()]
         factors = {name: self._factors(name, delta.theta) for name in delta.changed}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.gguf"
@@ -136,9 +135,9 @@ class AdapterParameters(Parameters):
     def _factors(self, name: str, live: Vector) -> tuple[Vector, Vector]:
         """a (rank, n_cols) and b (n_rows, rank) of a tensor, as `exact_factors` orders them."""
         factors = []
-        edit = self.delta.edits.get(name)
-        if isinstance(edit, LowRank):
-            left, right = edit.factors(live[self._slices[name]])
+        edit = self.delta.low_rank.get(name)
+        if edit is not None:
+            left, right = edit.factors(live[self._low_rank_slices[name]])
             factors.append((right, left.T))
         if name in self._layouts:
             factors.append(self._layouts[name].with_values(live[self._sparse_slices[name]]))

@@ -1,7 +1,7 @@
 """The delta: what tuning learned about one GGUF, as f32 masters.
 
-Sparse entries are values to add to the dequantized weights; `edits` are values inside the weights'
-bytes or low-rank products.
+Sparse entries and low-rank products are added to the dequantized weights; edits are values inside
+the weights' bytes, or gains of norms. A matrix may have one of each.
 
 Made by tune, read by evaluate, merge and attach. Files carry no time stamps: the same run gives the
 same bytes. How the values were learned is not known here beyond the recorded provenance.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zo_gguf.edits import Edits, Gain, Live, LowRank, describe, fixed_arrays, parse
+from zo_gguf.edits import Edit, Edits, Gain, Live, LowRank, Products, describe, fixed_arrays, parse
 from zo_gguf.errors import ZoError
 from zo_gguf.mask import Mask, check_base
 from zo_gguf.sparse_file import (
@@ -63,14 +63,15 @@ class DeltaHeader:
 
 @dataclass(frozen=True)
 class Delta:
-    """Masters: first those of sparse entries, then those of the edits, tensor by tensor.
+    """Masters: of sparse entries, then of edits, then of low-rank products, each by tensor.
 
     Attributes:
         tensors: GGUF tensor name -> int64 (n,), sorted unique flat indices, row * n_cols + col.
         shapes: Same keys -> (n_rows, n_cols).
         theta: float32 (nnz,); sparse entries in file order of the tensors, indices ascending.
         header: Where the delta comes from.
-        edits: GGUF tensor name -> what else is trained there, in the order of theta.
+        edits: GGUF tensor name -> what is edited there, in the order of theta.
+        low_rank: GGUF tensor name -> the product that is added to it, in the order of theta.
 
     Raises:
         ZoError: On construction, when the parts do not fit together or theta is not finite.
@@ -81,9 +82,10 @@ class Delta:
     theta: NDArray[np.float32]
     header: DeltaHeader
     edits: Edits = field(default_factory=dict)
+    low_rank: Products = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = self.n_sparse + sum(edit.size for edit in self.edits.values())
+        n = self.n_sparse + sum(edit.size for _, edit in self._all_edits())
         if self.theta.shape != (n,):
             raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {n} positions.")
         if self.theta.dtype != np.float32:
@@ -123,23 +125,29 @@ class Delta:
         """Where each tensor's sparse entries lie in theta."""
         return slices_of(self.tensors)
 
-    def edit_slices(self) -> dict[str, slice]:
-        """Where each edit's masters lie in theta."""
-        result, first = {}, self.n_sparse
-        for name, edit in self.edits.items():
-            result[name] = slice(first, first + edit.size)
+    def parts(self) -> list[tuple[str, Edit, slice]]:
+        """Tensor, edit or product, and its masters' place in theta, in the order of theta."""
+        result, first = [], self.n_sparse
+        for name, edit in self._all_edits():
+            result.append((name, edit, slice(first, first + edit.size)))
             first += edit.size
         return result
+
+    def edit_slices(self) -> dict[str, slice]:
+        """Where each edit's masters lie in theta."""
+        return {name: part for name, _, part in self.parts()[: len(self.edits)]}
+
+    def low_rank_slices(self) -> dict[str, slice]:
+        """Where each product's masters lie in theta."""
+        return {name: part for name, _, part in self.parts()[len(self.edits) :]}
+
+    def _all_edits(self) -> list[tuple[str, Edit]]:
+        return [*self.edits.items(), *self.low_rank.items()]
 
     @property
     def live(self) -> dict[str, Live]:
         """The edits in place."""
         return {name: edit for name, edit in self.edits.items() if isinstance(edit, Live)}
-
-    @property
-    def low_rank(self) -> dict[str, LowRank]:
-        """The low-rank products."""
-        return {name: edit for name, edit in self.edits.items() if isinstance(edit, LowRank)}
 
     @property
     def gains(self) -> dict[str, Gain]:
@@ -173,7 +181,7 @@ class Delta:
         edit = self.low_rank.get(name)
         if edit is None:
             return indices, sparse
-        left, right = edit.factors(self.theta[self.edit_slices()[name]])
+        left, right = edit.factors(self.theta[self.low_rank_slices()[name]])
         values = (left[:, first:last].T @ right).reshape(-1)
         values[indices - first * n_cols] += sparse
         return np.arange(first * n_cols, last * n_cols), values
@@ -183,15 +191,14 @@ class Delta:
         """Whether it changes no matrix by anything; values in place and gains are not looked at."""
         if self.theta[: self.n_sparse].any():
             return False
-        slices = self.edit_slices()
+        slices = self.low_rank_slices()
         factors = [edit.factors(self.theta[slices[n]]) for n, edit in self.low_rank.items()]
         return not any(left.any() and right.any() for left, right in factors)
 
     def products(self) -> "Delta":
         """Only what is added to matrices: sparse entries and low-rank products."""
-        slices = self.edit_slices()
-        parts = [self.theta[: self.n_sparse], *(self.theta[slices[n]] for n in self.low_rank)]
-        return replace(self, theta=np.concatenate(parts), edits=dict(self.low_rank))
+        parts = [self.theta[part] for part in self.low_rank_slices().values()]
+        return replace(self, theta=np.concatenate([self.theta[: self.n_sparse], *parts]), edits={})
 
     def with_theta(self, theta: NDArray[np.float32], provenance: dict[str, Any]) -> "Delta":
         """The same trainable parameters with other masters, (nnz,)."""
@@ -213,9 +220,9 @@ class Delta:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta as safetensors, atomically; equal deltas give equal bytes."""
-        slices = self.edit_slices()
-        arrays = {f"{name}.masters": self.theta[part] for name, part in slices.items()}
-        edits = EditArrays(describe(self.edits), arrays | fixed_arrays(self.edits))
+        arrays = {_masters(name, edit): self.theta[part] for name, edit, part in self.parts()}
+        arrays |= fixed_arrays(self.low_rank)
+        edits = EditArrays(describe(self.edits, self.low_rank), arrays)
         write_sparse(path, _KIND, _VALUE, self.header, self._entries(), edits)
 
     @classmethod
@@ -232,20 +239,26 @@ class Delta:
         header = parse_header(DeltaHeader, raw, path)
         check_base_hash(header.base_sha256, path)
         what = f"{_KIND} {str(path)!r}"
-        edits = parse(extra.rows, extra.arrays, what)
-        if entries.tensors or not edits:
+        edits, low_rank = parse(extra.rows, extra.arrays, what)
+        if entries.tensors or not (edits or low_rank):
             check_entries(entries, what)
         parts = [entries.values[name] for name in entries.tensors]
-        for name, edit in edits.items():
-            masters = extra.arrays.get(f"{name}.masters")
+        for name, edit in [*edits.items(), *low_rank.items()]:
+            masters = extra.arrays.get(_masters(name, edit))
             if masters is None or masters.shape != (edit.size,) or masters.dtype != np.float32:
                 raise ZoError(f"The {what} has no fitting masters for {name!r}; make it again.")
             parts.append(masters)
-        return cls(entries.tensors, entries.shapes, np.concatenate(parts), header, edits)
+        theta = np.concatenate(parts)
+        return cls(entries.tensors, entries.shapes, theta, header, edits, low_rank)
 
     def _entries(self) -> SparseEntries:
         values = {name: self.theta[part] for name, part in self.slices().items()}
         return SparseEntries(self.tensors, values, self.shapes)
+
+
+def _masters(name: str, edit: Edit) -> str:
+    """What an array of masters is called in a file."""
+    return f"{name}.{'product' if isinstance(edit, LowRank) else 'masters'}"
 
 
 def _find(path: Path) -> Path:

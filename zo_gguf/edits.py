@@ -144,12 +144,13 @@ class LowRank:
 
 
 Edit = Live | LowRank | Gain
-Edits = dict[str, Edit]
+Edits = dict[str, Live | Gain]
+Products = dict[str, LowRank]
 
 
-def describe(edits: Edits) -> list[list[Any]]:
-    """The edits as JSON values, without arrays."""
-    return [[name, *_described(edit)] for name, edit in edits.items()]
+def describe(edits: Edits, low_rank: Products) -> list[list[Any]]:
+    """The edits and products as JSON values, without arrays."""
+    return [[name, *_described(edit)] for name, edit in [*edits.items(), *low_rank.items()]]
 
 
 def _described(edit: Edit) -> list[Any]:
@@ -161,15 +162,18 @@ def _described(edit: Edit) -> list[Any]:
     return ["low-rank", edit.kind, *shape, edit.scale, edit.refresh]
 
 
-def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> Edits:
+def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> tuple[Edits, Products]:
     """Rebuild what `describe` gave, with the fixed arrays found under NAME.left and NAME.right.
 
     Raises:
         ZoError: The rows are not what `describe` gives, or an array has another shape.
     """
     edits: Edits = {}
+    low_rank: Products = {}
     try:
         for name, form, kind, *numbers in rows:
+            if name in (low_rank if form == "low-rank" else edits):
+                raise ValueError(f"two rows for {name}")
             if form == "live" and kind in ("scale", "weight"):
                 n_values, relative, limit = numbers
                 if type(relative) is not bool or (limit is not None and _number(limit) < 0):
@@ -188,19 +192,19 @@ def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> Edits:
                 left = _array(arrays, f"{name}.left", (windows, rank, n_rows))
                 right = _array(arrays, f"{name}.right", (windows, rank, n_cols))
                 scale = _number(scale)
-                edits[name] = LowRank(kind, n_rows, n_cols, rank, scale, refresh, left, right)
+                low_rank[name] = LowRank(kind, n_rows, n_cols, rank, scale, refresh, left, right)
             else:
                 raise ValueError(f"{form} {kind}")
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ZoError(f"The {what} is damaged ({error}); make it again.") from error
-    return edits
+    return edits, low_rank
 
 
-def fixed_arrays(edits: Edits) -> dict[str, NDArray[Any]]:
+def fixed_arrays(low_rank: Products) -> dict[str, NDArray[Any]]:
     """The arrays that are not trained, by their names in a file."""
     arrays: dict[str, NDArray[Any]] = {}
-    for name, edit in edits.items():
-        if isinstance(edit, LowRank) and edit.kind == "subspace":
+    for name, edit in low_rank.items():
+        if edit.kind == "subspace":
             arrays |= {f"{name}.left": edit.left, f"{name}.right": edit.right}
     return arrays
 

@@ -154,12 +154,12 @@ def _model_facts(file: GgufFile) -> dict[str, Any]:
 def _entries(source: Mask | Delta) -> dict[str, Any]:
     total = sum(n_rows * n_cols for n_rows, n_cols in source.shapes.values())
     delta = source if isinstance(source, Delta) else None
-    n_sparse, edits = (delta.n_sparse, delta.edits) if delta else (source.nnz, {})
-    kinds = Counter({"sparse": len(source.tensors)}) + Counter(e.kind for e in edits.values())
+    n_sparse, parts = (delta.n_sparse, delta.parts()) if delta else (source.nnz, [])
+    kinds = Counter({"sparse": len(source.tensors)}) + Counter(edit.kind for _, edit, _ in parts)
     return {
         "weights": source.nnz,
         "share of their tensors": f"{n_sparse / total:.4%}" if total else None,
-        "tensors": kinds.total(),
+        "tensors": len({*source.tensors, *(name for name, _, _ in parts)}),
         "kinds": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
         "base file": source.header.base_name,
         "base sha256": source.header.base_sha256,

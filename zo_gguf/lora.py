@@ -123,7 +123,7 @@ def exact_factors(delta: Delta, name: str) -> Factors:
     n_rows, n_cols = delta.changed[name]
     a, b = np.zeros((0, n_cols), np.float32), np.zeros((n_rows, 0), np.float32)
     if name in delta.low_rank:
-        left, a = delta.low_rank[name].factors(delta.theta[delta.edit_slices()[name]])
+        left, a = delta.low_rank[name].factors(delta.theta[delta.low_rank_slices()[name]])
         b = left.T
     if name in delta.tensors:
         values = delta.theta[delta.slices()[name]]

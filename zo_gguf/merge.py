@@ -230,7 +230,7 @@ def _provenance(base: GgufFile, delta: Delta, run: str) -> _Keys:
     digest = hashlib.sha256()
     for name, indices in delta.tensors.items():
         digest.update(name.encode() + indices.astype("<i8").tobytes())
-    digest.update(json.dumps(describe(delta.edits)).encode())
+    digest.update(json.dumps(describe(delta.edits, delta.low_rank)).encode())
     digest.update(delta.theta.astype("<f4").tobytes())
     return {
         "zo_gguf.version": zo_gguf.__version__,

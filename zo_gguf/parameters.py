@@ -55,6 +55,7 @@ class Parameters:
         self._units: dict[str, float] = {}
         self._live_kind = next((edit.kind for edit in delta.live.values()), "")
         self._slices = slices = delta.edit_slices()
+        self._low_rank_slices = delta.low_rank_slices()
         self._store = self._in_place = self._low_rank = self._gain = None
         theta = delta.theta
         if delta.tensors:
@@ -82,7 +83,7 @@ class Parameters:
     @property
     def kinds(self) -> list[str]:
         """Kinds of parameters in the order of theta: "sparse", "scale", "weight", "gain", ..."""
-        edits = [self._kind(edit) for edit in self.delta.edits.values()]
+        edits = [self._kind(edit) for _, edit, _ in self.delta.parts()]
         return list(dict.fromkeys(([SPARSE] if self.delta.tensors else []) + edits))
 
     def _kind(self, edit: Edit) -> str:
@@ -101,8 +102,8 @@ class Parameters:
         if all(unit == 1 for unit in self._units.values()):
             return None
         result = np.full(self.size, self.unit(SPARSE), np.float32)
-        for name, edit in self.delta.edits.items():
-            result[self._slices[name]] = self.unit(self._kind(edit))
+        for _, edit, part in self.delta.parts():
+            result[part] = self.unit(self._kind(edit))
         return result
 
     def unit(self, kind: str) -> float:
@@ -185,7 +186,7 @@ class Parameters:
         self._factors_are_there = True
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora" and self._low_rank is not None:
-                masters, tensor = self._theta[self._slices[name]], FIRST_LOW_RANK + number
+                masters, tensor = self._theta[self._low_rank_slices[name]], FIRST_LOW_RANK + number
                 self._low_rank.train(number, edit.rank, edit.scale, tensor, masters)
 
     def noise(self, seed: int, signs: int = 0) -> Vector:
@@ -194,7 +195,7 @@ class Parameters:
         Raises:
             ZoError: `signs` is given, and there are edits in place.
         """
-        if self._store is not None and not self.delta.edits:
+        if self._store is not None and self._store.size == self.size:
             return self._store.noise(seed, signs)
         z = np.zeros(self.size, np.float32)
         if self._store is not None:
@@ -213,7 +214,7 @@ class Parameters:
             z[self._slices[name]] = self._noise.of_gain(number, gain, seed, signs)
         step = self.step or 0
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
-            own = z[self._slices[name]]
+            own = z[self._low_rank_slices[name]]
             own[edit.trained(step)] = self._noise.of_low_rank(number, edit, step, seed, signs)
         return z
 
@@ -269,7 +270,7 @@ class Parameters:
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora":
                 continue
-            masters = self._theta[self._slices[name]]
+            masters = self._theta[self._low_rank_slices[name]]
             if scale != 0:
                 masters = masters.copy()
                 z = self._noise.of_low_rank(number, edit, step, seed, signs)

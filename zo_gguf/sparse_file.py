@@ -1,10 +1,10 @@
 """The layout that mask and delta files share: safetensors with, per tensor, indices and values.
 
 `<tensor>.indices` holds sorted flat indices (int32 where they fit, else int64), `<tensor>.<value>`
-as many f32 values. A delta may have edits too (see `edits`): `<tensor>.masters`, and `.left` and
-`.right` where their subspace is fixed. One metadata entry holds JSON: kind, header, shapes in base
-file order, and a SHA-256 of the arrays, so that a damaged file is noticed. What the values mean is
-not known here.
+as many f32 values. A delta may have edits too (see `edits`): `<tensor>.masters`, and `.product` for
+low-rank products, with `.left` and `.right` where their subspace is fixed. One metadata entry holds
+JSON: kind, header, shapes in base file order, and a SHA-256 of the arrays, so that a damaged file
+is noticed. What the values mean is not known here.
 """
 
 import hashlib
@@ -44,14 +44,14 @@ class SparseEntries(NamedTuple):
 
 
 class EditArrays(NamedTuple):
-    """The rest of a delta: a row of JSON values per edited tensor, name first, and arrays."""
+    """The rest of a delta: a row of JSON values per edit, its tensor first, and arrays."""
 
     rows: list[list[Any]]
     arrays: dict[str, NDArray[Any]]
 
 
 NO_EDITS = EditArrays([], {})
-_EDIT_ARRAYS = ("masters", "left", "right")
+_EDIT_ARRAYS = ("masters", "product", "left", "right")
 
 
 def check_entries(entries: SparseEntries, what: str) -> None:
@@ -182,7 +182,8 @@ def read_sparse(
 def _edit_names(rows: list[list[Any]], present: Container[str]) -> list[str]:
     if any(not isinstance(row, list) or not row or type(row[0]) is not str for row in rows):
         raise ValueError("a row of its edits has no name")
-    names = [f"{row[0]}.{suffix}" for row in rows for suffix in _EDIT_ARRAYS]
+    tensors = dict.fromkeys(row[0] for row in rows)  # a tensor may have two
+    names = [f"{tensor}.{suffix}" for tensor in tensors for suffix in _EDIT_ARRAYS]
     return [name for name in names if name in present]
 
 

@@ -4,6 +4,7 @@ A method is a function from the options and the base to a `Delta`: which paramet
 the theta they start at. Everything else (perturbing, committing, saving, merging) follows from it.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -63,21 +64,24 @@ def _start(config: TuneConfig, gguf: GgufFile) -> Delta:
     if len(deltas) == 1:
         return deltas[0]
     sparse = [delta for delta in deltas if delta.tensors]
-    edited = [name for delta in deltas for name in delta.edits]
+    edited = Counter(name for delta in deltas for name in delta.edits)
+    multiplied = Counter(name for delta in deltas for name in delta.low_rank)
     whole = {n for delta in deltas for n, edit in delta.live.items() if edit.kind == "weight"}
-    twice = len(sparse) > 1 or any(whole & set(delta.tensors) for delta in sparse)
-    if twice or len(set(edited)) < len(edited):
+    twice = len(sparse) > 1 or any(n > 1 for count in (edited, multiplied) for n in count.values())
+    if twice or any(whole & set(delta.changed) for delta in deltas):
         raise ZoError(
-            f"The methods of {config.method!r} would train the same tensors, each in its own way; "
-            "combine sparse entries with one of the others, such as sensitive+block-scale, or take "
-            "methods of different tensors, such as norm+lora."
+            f"The methods of {config.method!r} would train the same tensors in the same way; "
+            "combine sparse entries, scales and low-rank products, such as sensitive+block-scale "
+            "or block-scale+lora, or take methods of different tensors, such as norm+lora."
         )
     parts = [delta.theta[: delta.n_sparse] for delta in sparse]
-    parts += [delta.theta[delta.n_sparse :] for delta in deltas]
+    parts += [delta.theta[part] for delta in deltas for part in delta.edit_slices().values()]
+    parts += [delta.theta[part] for delta in deltas for part in delta.low_rank_slices().values()]
     return Delta(
         sparse[0].tensors if sparse else {},
         sparse[0].shapes if sparse else {},
         np.concatenate(parts),
         DeltaHeader(gguf.path.name, deltas[0].header.base_sha256, config.method),
         {name: edit for delta in deltas for name, edit in delta.edits.items()},
+        {name: product for delta in deltas for name, product in delta.low_rank.items()},
     )

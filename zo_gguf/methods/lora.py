@@ -10,7 +10,7 @@ import numpy as np
 from zo_gguf.config import TuneConfig
 from zo_gguf.coordinates import matching_matrices
 from zo_gguf.delta import Delta, DeltaHeader
-from zo_gguf.edits import Edits, LowRank
+from zo_gguf.edits import LowRank, Products
 from zo_gguf.gguf_file import GgufFile
 
 _SCALE = 2.0  # alpha / rank
@@ -23,7 +23,7 @@ def lora(config: TuneConfig, gguf: GgufFile) -> Delta:
         ZoError: No matrix is chosen.
     """
     names = matching_matrices(gguf, config.train)
-    edits: Edits = {}
+    products: Products = {}
     masters = []
     none = np.zeros((0, 0, 0), np.float32)
     for number, name in enumerate(names):
@@ -31,6 +31,6 @@ def lora(config: TuneConfig, gguf: GgufFile) -> Delta:
         random = np.random.Generator(np.random.PCG64([config.seed, number]))
         a = random.standard_normal((config.rank, n_cols)) / np.sqrt(3 * n_cols)
         masters += [a.astype(np.float32).reshape(-1), np.zeros(config.rank * n_rows, np.float32)]
-        edits[name] = LowRank("lora", n_rows, n_cols, config.rank, _SCALE, 0, none, none)
+        products[name] = LowRank("lora", n_rows, n_cols, config.rank, _SCALE, 0, none, none)
     header = DeltaHeader.of(gguf, "lora")
-    return Delta({}, {}, np.concatenate(masters), header, edits)
+    return Delta({}, {}, np.concatenate(masters), header, low_rank=products)

@@ -14,7 +14,7 @@ import numpy as np
 from zo_gguf.config import TuneConfig
 from zo_gguf.coordinates import matching_matrices
 from zo_gguf.delta import Delta, DeltaHeader
-from zo_gguf.edits import Edits, LowRank, Vector
+from zo_gguf.edits import LowRank, Products, Vector
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 
@@ -41,11 +41,11 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
             f"at most {_MAX_RANK} is possible; lower --rank, or raise --refresh (0: one subspace "
             "for the whole run)."
         )
-    edits: Edits = {}
+    products: Products = {}
     for number, name in enumerate(names):
         n_rows, n_cols = gguf.tensors[name].shape
         bases = _Bases(config.seed, number, config.rank, config.factors == "orthogonal")
-        edits[name] = LowRank(
+        products[name] = LowRank(
             "subspace",
             n_rows,
             n_cols,
@@ -55,9 +55,9 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
             np.stack([bases.draw(window, 0, n_rows) for window in range(n_windows)]),
             np.stack([bases.draw(window, 1, n_cols) for window in range(n_windows)]),
         )
-    theta = np.zeros(sum(edit.size for edit in edits.values()), np.float32)
+    theta = np.zeros(sum(product.size for product in products.values()), np.float32)
     header = DeltaHeader.of(gguf, "subspace")
-    return Delta({}, {}, theta, header, edits)
+    return Delta({}, {}, theta, header, low_rank=products)
 
 
 @dataclass(frozen=True)
