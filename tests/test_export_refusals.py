@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from models import converted, export_config, save_llama, save_text
 
 from zo_gguf import positions
@@ -127,3 +127,29 @@ def test_a_tokenizer_of_another_model_is_noticed(text: Path, tmp_path: Path) -> 
     scores = positions._gradient_scores(config, floats, [], folder, [np.array([3, 10**6])])
     with pytest.raises(ZoError, match=r"gives token 1000000, but the model knows \d+; put"):
         next(scores)
+
+
+def test_recurrent_models_are_refused_before_the_long_steps(text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "floats.gguf"
+    writer = GGUFWriter(path, "mamba")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(64)
+    writer.add_ssm_state_size(16)
+    writer.add_ssm_time_step_rank(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>"])
+    writer.add_token_scores([0.0] * 3)
+    writer.add_token_types([2, 3, 3])
+    writer.add_tensor("token_embd.weight", np.zeros((3, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = export_config("llama", text, tmp_path / "out")
+    with pytest.raises(ZoError, match=r"'floats.gguf' has recurrent layers"):
+        export(replace(config, gguf=str(path)))
+    assert os.listdir(tmp_path / "out") == []

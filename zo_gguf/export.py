@@ -17,6 +17,7 @@ from zo_gguf.convert import convert, model_folder, weight_bytes
 from zo_gguf.coordinates import choose_tensors, expert_tensors, require_float
 from zo_gguf.errors import DoesNotFitError, ZoError
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.llama import check_architecture
 from zo_gguf.positions import (
     Positions,
     calibrate,
@@ -95,6 +96,7 @@ def export(config: ExportConfig) -> ExportResult:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export.") as scratch:
         floats_path = _float_gguf(config, folder, quants, Path(scratch))
+        check_architecture(floats_path)  # before the long steps
         floats = GgufFile(floats_path)
         names = _names(config, floats)
         if config.positions is not None:

@@ -78,6 +78,17 @@ def load_model(
     if writable:
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     params.use_extra_bufts = repack
+    return _load(path, params)
+
+
+def check_architecture(path: Path) -> None:
+    """Raise ZoError if the engine cannot tune models such as this one; reads no weights."""
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    llama_cpp.llama_model_free(_load(path, params))
+
+
+def _load(path: Path, params: Any) -> Any:
     with quiet_engine() as messages:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
