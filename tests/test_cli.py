@@ -158,11 +158,7 @@ def test_usage_errors(line: list[str], sentence: str, capsys: Any) -> None:
         (ZoError("two\nlines"), 2, "two lines"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 3, "out of memory"),
-        (
-            OSError(28, "No space left on device", "run/x"),
-            2,
-            "device: run/x; a run's steps are kept",
-        ),
+        (OSError(28, "No space left on device", "run/x"), 2, "device: run/x."),
         (NotADirectoryError(20, "Not a directory", "f/run"), 2, "Not a directory: f/run."),
         (RuntimeError("surprise"), 1, "internal error, RuntimeError: surprise"),
     ],
@@ -176,6 +172,12 @@ def test_exit_codes(
     assert err.startswith("zo-gguf: error: ")
     assert err.count("\n") == 1
     assert sentence in err
+
+
+def test_a_full_disk_ends_no_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    fails(monkeypatch, OSError(28, "No space left on device", "run/x"))
+    assert main(["tune", "-m", "m.gguf", "--data", "d.jsonl", "-o", "run"]) == 2
+    assert "device: run/x; a run's steps are kept" in capsys.readouterr().err
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

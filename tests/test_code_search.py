@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from tests.tiny_gguf import WIDTH, packed, random_delta, write_llama
-from zo_gguf import activations, code_search
+from zo_gguf import activations, code_search, merge_patches
 from zo_gguf.activations import InputSample, sample_inputs
 from zo_gguf.block_codes import read_blocks
 from zo_gguf.code_search import choose_codes
@@ -219,11 +219,16 @@ def test_long_rows_are_thinned_out(
     assert inputs[name].counted.sum() == 8
 
 
-def test_rounded_patches(tuned: tuple[GgufFile, Delta], tmp_path: Path) -> None:
+def test_rounded_patches(
+    tuned: tuple[GgufFile, Delta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, delta = tuned
-    plain = plain_patches(base, delta, tmp_path, 1)
+    plain = plain_patches(base, delta, list(delta.tensors), tmp_path, 1)
     rounded = rounded_patches(base, delta, plain, EXAMPLES * 8, ROUNDINGS[0], tmp_path, 1)
+    monkeypatch.setattr(merge_patches, "_TOGETHER", 7 * WIDTH)
+    parts = rounded_patches(base, delta, plain, EXAMPLES * 8, ROUNDINGS[0], tmp_path, 1)
     for name in delta.tensors:
         np.testing.assert_array_equal(rounded[name].ids, plain[name].ids)
         assert rounded[name].output_error is not None
+        np.testing.assert_array_equal(rounded[name].blocks, parts[name].blocks)
     assert any((rounded[name].blocks != plain[name].blocks).any() for name in delta.tensors)

@@ -58,7 +58,15 @@ def test_rewriting_without_a_change_is_accepted(tmp_path: Path) -> None:
     assert Delta.load(tmp_path / "d").theta.tobytes() == make_delta().theta.tobytes()
 
 
-ARRAYS = ["scales.masters", "norm.masters", "sub.product", "lora.product", "sub.left", "sub.right"]
+ARRAYS = [
+    "scales.masters",
+    "norm.masters",
+    "sub.masters",
+    "lora.masters",
+    "scales.product",
+    "sub.left",
+    "sub.right",
+]
 BREAKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "shape": lambda a: a.reshape(-1, 1),
     "length": lambda a: a.reshape(-1)[:-1].copy(),
@@ -100,7 +108,7 @@ DAMAGE: dict[str, Change] = {
     "scale text": cell("lora", 7, "much"),
     "refresh text": cell("sub", 8, "often"),
     "a longer live row": lambda _, d: d["edits"][0].append(1),
-    "a longer gain row": lambda _, d: d["edits"][3].append(1),
+    "a longer gain row": lambda _, d: d["edits"][[*EDITS].index("norm")].append(1),
     "no edits": lambda _, d: d.pop("edits"),
     "an edit less": lambda _, d: d["edits"].pop(1),
     "an edit twice": lambda _, d: d["edits"].append(d["edits"][1]),

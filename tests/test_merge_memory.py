@@ -2,6 +2,7 @@
 
 import os
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from tests.tiny_gguf import packed, random_delta, write_llama
-from zo_gguf import merge_patches
+from zo_gguf import merge_patches, merge_plan
 from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import LowRank, Products
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_write import NewTensor, write_gguf
-from zo_gguf.merge_patches import PatchFile, plain_patches
+from zo_gguf.merge_patches import PatchFile, patch_bytes, plain_patches
+from zo_gguf.merge_plan import plan_keep, write_plan
 from zo_gguf.requantize import Patch, requantize, row_parts
 
 N_ROWS, N_COLS, RANK = 256, 512, 4
@@ -43,14 +45,23 @@ def low_rank(base: GgufFile) -> Delta:
     return Delta({}, {}, theta, DeltaHeader.of(base, "lora"), low_rank=products)
 
 
-@pytest.mark.parametrize("among", ["sparse", "product"])
-def test_entries_of_some_rows(tmp_path: Path, among: str) -> None:
-    if among == "sparse":
-        base = GgufFile(write_llama(tmp_path / "base.gguf"))
-        delta = random_delta(base)
+def with_sparse(delta: Delta) -> Delta:
+    """The same with sparse entries beside the products."""
+    rng = np.random.default_rng(3)
+    tensors = {n: np.sort(rng.choice(N_WEIGHTS, 99, replace=False)) for n in delta.low_rank}
+    sparse = rng.normal(0, 0.3, 99 * len(tensors)).astype(np.float32)
+    shapes = dict.fromkeys(tensors, (N_ROWS, N_COLS))
+    theta = np.concatenate([sparse, delta.theta])
+    return replace(delta, tensors=tensors, shapes=shapes, theta=theta)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "product", "both"])
+def test_entries_of_some_rows(tmp_path: Path, kind: str) -> None:
+    if kind == "sparse":
+        delta = random_delta(GgufFile(write_llama(tmp_path / "base.gguf")))
     else:
-        base = matrices(tmp_path / "base.gguf", 1)
-        delta = low_rank(base)
+        delta = low_rank(matrices(tmp_path / "base.gguf", 1))
+        delta = with_sparse(delta) if kind == "both" else delta
     for name, (n_rows, _) in delta.changed.items():
         edges = [0, 1, n_rows // 3, n_rows // 3, n_rows]
         parts = [delta.entries(name, rows) for rows in pairwise(edges)]
@@ -60,6 +71,20 @@ def test_entries_of_some_rows(tmp_path: Path, among: str) -> None:
         np.testing.assert_allclose(joined, whole[1], rtol=1e-5, atol=1e-7)
 
 
+def test_promotion_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = matrices(tmp_path / "base.gguf", 1)
+    delta = with_sparse(low_rank(base))
+    (name,) = base.tensors
+    monkeypatch.setattr(merge_plan, "_TOGETHER", 5 * N_COLS)
+    plan = merge_plan.plan_all(base, delta, Type.F16)
+    write_plan(base, delta, {}, plan, tmp_path / "out.gguf", {})
+    expected = base.dequantize(name).astype(np.float64)
+    indices, theta = delta.entries(name)
+    expected.reshape(-1)[indices] += theta
+    found = GgufFile(tmp_path / "out.gguf").dequantize(name)
+    np.testing.assert_allclose(found, expected, rtol=2**-11, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_K, Type.IQ4_XS, Type.F16])
 def test_parts_give_the_bytes_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Type
@@ -67,7 +92,7 @@ def test_parts_give_the_bytes_of_the_whole(
     base = GgufFile(write_llama(tmp_path / "base.gguf", kind))
     delta = random_delta(base)
     monkeypatch.setattr(merge_patches, "_TOGETHER", 1 << 13)  # 32 rows, many without entries
-    patches = plain_patches(base, delta, tmp_path, 1)
+    patches = plain_patches(base, delta, list(delta.tensors), tmp_path, 1)
     assert list(patches) == list(delta.tensors)
     for name, patch in patches.items():
         whole = requantize(
@@ -84,7 +109,8 @@ def peak_bytes(base: GgufFile, folder: Path) -> int:
     delta = low_rank(base)
     tracemalloc.start()
     try:
-        plain_patches(base, delta, folder, 1)
+        patches = plain_patches(base, delta, list(base.tensors), folder, 1)
+        write_plan(base, delta, patches, plan_keep(base), folder / "out", {})
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -97,19 +123,33 @@ def test_memory_does_not_grow_with_the_model(
     at_once = peak_bytes(base, tmp_path)
     monkeypatch.setattr(merge_patches, "_TOGETHER", N_WEIGHTS // 8)
     in_parts = peak_bytes(base, tmp_path)
-    patch_bytes = N_WEIGHTS // 32 * (18 + 8)  # new blocks and where they lie
     assert in_parts < at_once / 4
-    assert peak_bytes(larger, tmp_path) < in_parts + patch_bytes / 2
+    assert peak_bytes(larger, tmp_path) < in_parts + N_WEIGHTS // 32 * 18  # a matrix's blocks
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_K])
+def test_products_are_merged_within_the_room_that_is_asked_for(tmp_path: Path, kind: Type) -> None:
+    base = matrices(tmp_path / "base.gguf", 3, kind)
+    delta = low_rank(base)
+    names = list(base.tensors)[1:]
+    patches = plain_patches(base, delta, names, tmp_path, 1)
+    assert list(patches) == names
+    stored = patches._file.seek(0, os.SEEK_END)  # type: ignore[attr-defined]
+    room = patch_bytes(base, delta, names)
+    assert room <= stored < room + 1000  # numpy's headers
+    assert room == 2 * base.raw(names[0]).nbytes
 
 
 def test_patches_in_a_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
 
-    def patch(n: int, error: float | None) -> Patch:
-        blocks = rng.integers(0, 256, (n, 18), dtype=np.uint8)
-        return Patch(np.arange(n), blocks, 0.5 * n, 2.0, error)
+    def patch(ids: list[int], error: float | None) -> Patch:
+        blocks = rng.integers(0, 256, (len(ids), 18), dtype=np.uint8)
+        return Patch(np.array(ids), blocks, 0.5, 2.0, error)
 
-    patches = {"a": patch(3, None), "b": patch(1000, 0.25), "c": patch(1, 0.0)}
+    patches = {
+        "a": patch([0, 1, 3], None), "b": patch([*range(1000)], 0.25), "c": patch([7], 0.0)
+    }  # fmt: skip
     file = PatchFile(tmp_path)
     for name, given in patches.items():
         file.add(name, given)
@@ -121,8 +161,11 @@ def test_patches_in_a_file(tmp_path: Path) -> None:
         assert found.blocks.dtype == np.uint8
         assert (found.tuned_error, found.other_error) == (given.tuned_error, given.other_error)
         assert found.output_error == given.output_error
-    if os.name == "posix":
-        assert not list(tmp_path.iterdir())  # what a kill would leave
+    later = PatchFile(tmp_path, file)
+    later.add("b", patches["c"])
+    assert (list(later), len(later)) == (["a", "b", "c"], 3)
+    assert [len(later[name].blocks) for name in later] == [3, 1, 1]
+    assert not list(tmp_path.iterdir())  # what a kill would leave
 
 
 def test_rows_of_parts() -> None:

@@ -186,14 +186,15 @@ def sample_inputs(
             _decode(context, example.tokens, flags)
             if recorder.failure:
                 raise recorder.failure
-    joined = {
-        key: InputSample(
-            np.concatenate([part.values for part in parts]),
-            np.concatenate([part.counted for part in parts]),
-        )
-        for key, parts in recorder.inputs.items()
-    }
+    joined = {key: _joined(recorder.inputs.pop(key)) for key in list(recorder.inputs)}
     return {weight: joined[key] for weight, key in recorder.input_of.items()}
+
+
+def _joined(parts: Sequence[InputSample]) -> InputSample:
+    return InputSample(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.counted for part in parts]),
+    )
 
 
 def _spread(flags: Flags, n_kept: int) -> Positions:

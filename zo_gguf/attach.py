@@ -56,7 +56,7 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
     if delta.live:
         raise ZoError(
             f"Method {delta.header.method!r} edits the weights themselves, which a loaded Llama "
-            "shares with its file; use `zo-gguf merge`, which is exact, and load the result."
+            "shares with its file; use `zo-gguf merge`, and load the result."
         )
     n_threads = llama.n_threads_batch
     parameters = Parameters(native_library(), delta, gguf, n_threads)

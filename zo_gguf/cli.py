@@ -58,9 +58,10 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, without the program's name; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
     with _terminate_like_ctrl_c():
         try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
+            return _run(given)
         except ZoError as error:
             return _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail("out of memory; lower --ctx-tokens or close other programs.", 3)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and given[:1] == ["tune"]:
                 where += "; a run's steps are kept, `zo-gguf tune --resume` goes on"
             return _fail(f"{error.strerror or error}{where}.", 2)
         except Exception as error:  # a bug of ours: users still get one line

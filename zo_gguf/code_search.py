@@ -9,6 +9,7 @@ improves. Steps and offsets stay, and so do all blocks that were not touched.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -60,9 +61,14 @@ def choose_codes(
     moments = inputs.T @ inputs  # (n_cols, n_cols)
     result = np.empty_like(starts[0])
     output_error = 0.0
+    known: _Moments | None = None
     for members in _batches(row, column, layout.block):
         # (n_rows, n_blocks): the members of each row
-        rows = _Rows(layout, column[members], target[members], moments, ridge)
+        columns = _columns_of(column[members], layout.block)
+        if known is None or not np.array_equal(known.columns, columns):
+            known = None  # never two in memory
+            known = _Moments(columns, moments, ridge)
+        rows = _Rows(layout, known, target[members])
         best: _Codes | None = None
         for start in starts:
             blocks = read_blocks(start[members.reshape(-1)], layout)
@@ -94,8 +100,7 @@ def _batches(row: I64, column: I64, block: int) -> Iterator[NDArray[np.intp]]:
 
 
 def _chunks(members: NDArray[np.intp], size: int) -> Iterator[NDArray[np.intp]]:
-    size = max(1, size)
-    return (members[first : first + size] for first in range(0, len(members), size))
+    return (members[at : at + max(1, size)] for at in range(0, len(members), max(1, size)))
 
 
 @dataclass
@@ -132,28 +137,47 @@ class _Scale:
     offset: F64
 
 
+class _Moments:
+    """Second moments of the inputs of rows' free weights, by falling mean square.
+
+    Args:
+        columns: Of the m free weights of each row, (n_rows, m), or of all rows, (1, m).
+        moments: Of all inputs, (n_cols, n_cols).
+        ridge: See `choose_codes`.
+    """
+
+    def __init__(self, columns: I64, moments: F32, ridge: float) -> None:
+        self.columns = columns
+        self.order = np.argsort(-moments[columns, columns], axis=1, kind="stable")
+        used = np.take_along_axis(columns, self.order, axis=1)
+        self.values = moments[used[:, :, None], used[:, None, :]].astype(np.float64)
+        diagonal = np.einsum("rii->ri", self.values)  # a view
+        self.level = ridge * np.maximum(diagonal.mean(axis=1), 1e-30)
+        diagonal += self.level[:, None]
+
+    @cached_property
+    def factor(self) -> F64:
+        """Upper triangular R with R R^T = H."""
+        return _upper_factor(self.values)
+
+
+def _columns_of(column: I64, block: int) -> I64:
+    """Columns of the weights in the rows' blocks, (n_rows, m); (1, m) if all have the same."""
+    shared = column[:1] if (column == column[:1]).all() else column
+    return (shared[..., None] * block + np.arange(block)).reshape(len(shared), -1)
+
+
 class _Rows:
-    """Some rows with m free weights each, ordered by falling mean square of their inputs.
+    """Some rows with m free weights each, in the order of `moments`.
 
     Values of the free weights are (m, n_rows), so that one column of all rows lies together.
     """
 
-    def __init__(
-        self, layout: Layout, column: I64, target: F32, moments: F32, ridge: float
-    ) -> None:
+    def __init__(self, layout: Layout, moments: _Moments, target: F32) -> None:
         self.layout = layout
-        n_rows = len(column)
-        columns = (column[..., None] * layout.block + np.arange(layout.block)).reshape(n_rows, -1)
-        shared = bool((column == column[:1]).all())
-        used = columns[:1] if shared else columns
-        order = np.argsort(-moments[used, used], axis=1, kind="stable")
-        used = np.take_along_axis(used, order, axis=1)
-        self.order = np.broadcast_to(order, columns.shape)  # (n_rows, m)
-        chosen = moments[used[:, :, None], used[:, None, :]]
-        self.moments = chosen.astype(np.float64)  # (n_rows or 1, m, m)
-        diagonal = np.einsum("rii->ri", self.moments)  # a view
-        self.level = ridge * np.maximum(diagonal.mean(axis=1), 1e-30)
-        diagonal += self.level[:, None]
+        self._shared = moments
+        self.moments, self.level = moments.values, moments.level
+        self.order = np.broadcast_to(moments.order, (len(target), moments.order.shape[1]))
         self.target = self._ordered(target)
         self.uniform = layout.uniform
         self.levels = layout.levels.astype(np.float64)
@@ -191,7 +215,7 @@ class _Rows:
 
     def _sequential(self, scale: _Scale) -> F64:
         """GPTQ: quantize a column, let the columns to come make up for its error."""
-        factor = _upper_factor(self.moments)
+        factor = self._shared.factor
         # e H e is the sum over k of (sum over i <= k of e_i R_ik)^2: each column can make its own
         # term as small as its levels allow.
         levels, error = np.empty_like(self.target), np.empty_like(self.target)

@@ -220,7 +220,9 @@ class Delta:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta as safetensors, atomically; equal deltas give equal bytes."""
-        arrays = {_masters(name, edit): self.theta[part] for name, edit, part in self.parts()}
+        arrays = {
+            _masters(name, edit, self.edits): self.theta[part] for name, edit, part in self.parts()
+        }
         arrays |= fixed_arrays(self.low_rank)
         edits = EditArrays(describe(self.edits, self.low_rank), arrays)
         write_sparse(path, _KIND, _VALUE, self.header, self._entries(), edits)
@@ -244,7 +246,7 @@ class Delta:
             check_entries(entries, what)
         parts = [entries.values[name] for name in entries.tensors]
         for name, edit in [*edits.items(), *low_rank.items()]:
-            masters = extra.arrays.get(_masters(name, edit))
+            masters = extra.arrays.get(_masters(name, edit, edits))
             if masters is None or masters.shape != (edit.size,) or masters.dtype != np.float32:
                 raise ZoError(f"The {what} has no fitting masters for {name!r}; make it again.")
             parts.append(masters)
@@ -256,9 +258,10 @@ class Delta:
         return SparseEntries(self.tensors, values, self.shapes)
 
 
-def _masters(name: str, edit: Edit) -> str:
+def _masters(name: str, edit: Edit, edits: Edits) -> str:
     """What an array of masters is called in a file."""
-    return f"{name}.{'product' if isinstance(edit, LowRank) else 'masters'}"
+    second = isinstance(edit, LowRank) and name in edits
+    return f"{name}.{'product' if second else 'masters'}"
 
 
 def _find(path: Path) -> Path:

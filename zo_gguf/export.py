@@ -89,6 +89,9 @@ def export(config: ExportConfig) -> ExportResult:
     out = Path(config.output)
     outputs = _outputs(config, out)
     _refuse_existing(outputs, config)
+    given = config.onto or config.gguf
+    if given is not None:
+        check_architecture(GgufFile(given).path)
     quants = [output.quant for output in outputs if output.quant]
     gradients = uses_gradients(config)
     folder = model_folder(config.model) if gradients or config.gguf is None else None
@@ -96,7 +99,8 @@ def export(config: ExportConfig) -> ExportResult:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export.") as scratch:
         floats_path = _float_gguf(config, folder, quants, Path(scratch))
-        check_architecture(floats_path)  # before the long steps
+        if given is None:
+            check_architecture(floats_path)  # before the long steps
         floats = GgufFile(floats_path)
         names = _names(config, floats)
         if config.positions is not None:

@@ -20,12 +20,12 @@ from zo_gguf.delta import Delta
 from zo_gguf.edits import describe
 from zo_gguf.files import atomic_write, is_running
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.gguf_write import Value, check_output
+from zo_gguf.gguf_write import Value, check_disk, check_output
 from zo_gguf.lora import LoraSummary, check_lora, write_lora
 from zo_gguf.merge_data import Baseline, find_source, measure_baseline, open_base
 from zo_gguf.merge_edits import write_edited
-from zo_gguf.merge_patches import ROUNDINGS, can_round, plain_patches, rounded_patches
-from zo_gguf.merge_plan import Plan, missing_growth, plans, write_plan
+from zo_gguf.merge_patches import ROUNDINGS, can_round, patch_bytes, plain_patches, rounded_patches
+from zo_gguf.merge_plan import Plan, kept_tensors, missing_growth, plans, write_plan
 from zo_gguf.merge_result import Candidate, MergeResult, retention
 from zo_gguf.requantize import Patch
 from zo_gguf.stock import measure_stock
@@ -101,11 +101,10 @@ def _merge_model(job: _Job) -> MergeResult:
     tried: list[Candidate] = []
     best: Candidate | None = None
     with _drafts(job.output, ["draft", "best"]) as (draft, kept):
-        rounded = _Roundings(job)
-        kind = "keep" if job.baseline is None and config.type == "auto" else config.type
+        nothing_to_choose = job.baseline is None or delta.is_zero
+        kind = "keep" if nothing_to_choose and config.type == "auto" else config.type
+        rounded = _Roundings(job, kind)
         todo = plans(base, delta, rounded[0], kind, config.max_growth, rounded.n_ways)
-        if delta.is_zero:  # nothing was learned: all plans give the base
-            todo = todo[:1]
         for plan in todo:
             keys["zo_gguf.merge.types"] = plan.label
             write_plan(base, delta, rounded[plan.rounding], plan, draft, keys)
@@ -132,15 +131,18 @@ def _merge_model(job: _Job) -> MergeResult:
 class _Roundings:
     """The new bytes by each way of rounding, made when asked for; those of the first are kept."""
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        if job.delta.changed:
-            _say(f"re-quantizing {job.delta.nnz} tuned weights")
+    def __init__(self, job: _Job, kind: str) -> None:
+        base, delta, self._job = job.source, job.delta, job
+        names = [] if delta.is_zero else kept_tensors(base, delta, kind)
+        helps = job.baseline is not None and kind in ("auto", "keep")
+        can = any(can_round(base.tensors[name].type) for name in names)
+        self.n_ways = len(ROUNDINGS) if helps and can else 1
         self._folder = job.output.parent
-        self._plain = plain_patches(job.source, job.delta, self._folder, job.config.threads)
-        kinds = {job.base.tensors[name].type for name in job.delta.changed}
-        helps = job.baseline is not None and job.config.type in ("auto", "keep")
-        self.n_ways = len(ROUNDINGS) if helps and any(map(can_round, kinds)) else 1
+        n_bytes = patch_bytes(base, delta, names) * min(self.n_ways, 2)
+        check_disk(job.output, base.path.stat().st_size + n_bytes)
+        if names:
+            _say(f"re-quantizing {len(names)} tuned matrices")
+        self._plain = plain_patches(base, delta, names, self._folder, job.config.threads)
         self._first: Mapping[str, Patch] | None = None
 
     def __getitem__(self, way: int) -> Mapping[str, Patch]:

@@ -5,10 +5,12 @@ remaining errors cancel in the outputs. The ways differ little on average, but e
 of its own, whose effect on the loss only measuring tells; so merge may try more than one.
 """
 
+import math
 import os
+import re
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,42 +63,63 @@ class PatchFile(Mapping[str, Patch]):
 
     Args:
         folder: Where there is room for the file.
+        others: The patches of tensors that get none of their own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, others: Mapping[str, Patch] | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as the patches
         weakref.finalize(self, self._file.close)
-        self._places: dict[str, tuple[int, Patch]] = {}
+        self._others = others or {}
+        self._places: dict[str, tuple[int, int, Patch]] = {}
 
     def add(self, name: str, patch: Patch) -> None:
         """Store a tensor's patch."""
         place = self._file.seek(0, os.SEEK_END)
-        np.save(self._file, patch.ids)
+        n = len(patch.ids)
+        if n and patch.ids[-1] >= n:  # else they are 0, 1, 2, ..., as those of a product
+            np.save(self._file, patch.ids)
+            n = 0
         np.save(self._file, patch.blocks)
         nothing = replace(patch, ids=patch.ids[:0].copy(), blocks=patch.blocks[:0].copy())
-        self._places[name] = place, nothing
+        self._places[name] = place, n, nothing
 
     def __getitem__(self, name: str) -> Patch:
-        place, patch = self._places[name]
+        if name not in self._places:
+            return self._others[name]
+        place, n, patch = self._places[name]
         self._file.seek(place)
-        ids = np.load(self._file)
+        ids = np.arange(n) if n else np.load(self._file)
         return replace(patch, ids=ids, blocks=np.load(self._file))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(dict.fromkeys([*self._others, *self._places]))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len({*self._others, *self._places})
+
+
+def patch_bytes(base: GgufFile, delta: Delta, names: Iterable[str]) -> int:
+    """Room that patches of some tuned tensors take at most."""
+    total = 0
+    for name in names:
+        block, block_bytes = block_of(base.tensors[name].type)
+        n_blocks = math.prod(delta.changed[name]) // block
+        if name not in delta.low_rank:
+            n_blocks = min(n_blocks, delta.tensors[name].size)
+            block_bytes += 8  # and which they are
+        total += n_blocks * block_bytes
+    return total
 
 
 def plain_patches(
-    base: GgufFile, delta: Delta, folder: Path, n_threads: int | None
+    base: GgufFile, delta: Delta, names: Sequence[str], folder: Path, n_threads: int | None
 ) -> Mapping[str, Patch]:
-    """For every tuned tensor, the new bytes of its touched blocks within its own type.
+    """For tuned tensors, the new bytes of their touched blocks within their own types.
 
     Args:
         base: The GGUF that was tuned.
         delta: What was learned.
+        names: The tensors.
         folder: Where a temporary file may lie.
         n_threads: Worker threads.
 
@@ -104,7 +127,7 @@ def plain_patches(
         ZoError: A tensor's type can neither be searched nor quantized to.
     """
     result = PatchFile(folder)
-    for name in tqdm(delta.changed, "re-quantizing", unit="matrix", disable=None, leave=False):
+    for name in tqdm(names, "re-quantizing", unit="matrix", disable=None, leave=False):
         result.add(name, _requantize(base, delta, name, TUNED_WEIGHT, n_threads))
     return result
 
@@ -129,7 +152,7 @@ def rounded_patches(
         folder: Where a temporary file may lie.
         n_threads: Worker threads.
     """
-    result = PatchFile(folder)
+    result = PatchFile(folder, plain)
     portions = list(_portions(base, delta))
     n = sum(map(len, portions))
     with tqdm(total=n, desc="choosing codes", unit="matrix", disable=None, leave=False) as bar:
@@ -142,25 +165,23 @@ def rounded_patches(
                     )
                     result.add(name, patch)
                 bar.update(1)
-    for name in plain:
-        if name not in result:
-            result.add(name, plain[name])
     return result
 
 
 def _portions(base: GgufFile, delta: Delta) -> Iterator[list[str]]:
     """Tensors whose inputs are in memory together."""
     portion: list[str] = []
-    n_bytes = 0
+    sizes: dict[str, int] = {}
     for name, (_, n_cols) in delta.changed.items():
         if not can_round(base.tensors[name].type) or n_cols > _MAX_COLUMNS:
             continue
-        size = 4 * MAX_SAMPLES * n_cols
-        if portion and n_bytes + size > _MAX_BYTES:
+        first = re.sub(r"attn_[kv]\.", "attn_q.", name.replace("ffn_gate.", "ffn_up."))
+        size = {first: 4 * MAX_SAMPLES * n_cols}  # these read the same
+        if portion and sum((sizes | size).values()) > _MAX_BYTES:
             yield portion
-            portion, n_bytes = [], 0
+            portion, sizes = [], {}
         portion.append(name)
-        n_bytes += size
+        sizes |= size
     if portion:
         yield portion
 
@@ -210,9 +231,12 @@ def _round(
 ) -> Patch:
     layout = layout_of(base.tensors[name].type)
     assert layout is not None
+    weights = rounding.tuned_weights
+    if name in delta.low_rank:  # all weights are tuned, so that a weight is a mere factor
+        weights = (TUNED_WEIGHT,)
     starts = [
         plain if weight == TUNED_WEIGHT else _requantize(base, delta, name, weight, n_threads)
-        for weight in rounding.tuned_weights
+        for weight in weights
     ]
     target = _targets(base, delta, name, plain.ids)
     blocks, output_error = choose_codes(
@@ -237,6 +261,8 @@ def _targets(
     values = np.empty((len(ids), block), np.float32)
     for rows in row_parts(n_rows, n_cols, _TOGETHER):
         low, high = np.searchsorted(ids, np.array(rows) * (n_cols // block))
+        if low == high:
+            continue
         part = dequantize_rows(stored[ids[low:high]], kind)
         indices, theta = delta.entries(name, rows)
         position = np.searchsorted(ids[low:high], indices // block) * block + indices % block

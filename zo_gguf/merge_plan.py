@@ -20,6 +20,7 @@ from zo_gguf.gguf_file import GgufFile, TensorInfo
 from zo_gguf.gguf_write import NewTensor, Value, copy_gguf
 from zo_gguf.requantize import TUNED_WEIGHT, Patch, row_parts
 
+_TARGETS = ("q8_0", "f16")
 _FLOATS = (Type.F16, Type.F32, Type.BF16, Type.F64)
 _TOGETHER = 1 << 20  # weights that are numbers at once when a whole tensor is written anew
 
@@ -97,12 +98,12 @@ def plans(
     Args:
         base: The file that was tuned.
         delta: What was learned.
-        patches: New bytes of the tensors that keep their type.
+        patches: New bytes of the tensors that may keep their type.
         kind: "keep", "q8_0" or "f16" for that one, "auto" for all within `max_growth`.
         max_growth: Only limits "auto".
         n_roundings: Ways of rounding that may be tried.
     """
-    if kind in ("q8_0", "f16"):
+    if kind in _TARGETS:
         return [plan_all(base, delta, Type[kind.upper()])]
     result = [plan_keep(base, rounding) for rounding in range(n_roundings)]
     if kind == "keep":
@@ -115,6 +116,12 @@ def plans(
         if everything.promoted:
             result.append(everything)
     return result
+
+
+def kept_tensors(base: GgufFile, delta: Delta, kind: str) -> list[str]:
+    """The tuned tensors that keep their types in some plan of a kind."""
+    promoted = plan_all(base, delta, Type[kind.upper()]).promoted if kind in _TARGETS else {}
+    return [name for name in delta.changed if name not in promoted]
 
 
 def missing_growth(base: GgufFile, delta: Delta) -> str:
@@ -137,6 +144,8 @@ def write_plan(
 ) -> None:
     """Write the output of a plan, atomically; one tensor is in memory at a time.
 
+    Tensors that have no patch and are not promoted keep their bytes.
+
     Raises:
         DoesNotFitError: The disk is too small.
     """
@@ -144,8 +153,10 @@ def write_plan(
     for name in delta.changed:
         info = base.tensors[name]
         kind = plan.promoted.get(name)
+        if kind is None and name not in patches:
+            continue
         if kind is None:
-            same = partial(_patched, base, name, patches[name])
+            same = partial(_patched, base, name, patches)
             replace[name] = NewTensor(name, info.shape, info.type, same)
         else:
             make = _Promotion(base, name, kind, delta)
@@ -155,8 +166,8 @@ def write_plan(
     copy_gguf(base, path, replace=replace, keys=keys)
 
 
-def _patched(base: GgufFile, name: str, patch: Patch) -> NDArray[np.uint8]:
-    return patch.apply(base.raw(name))
+def _patched(base: GgufFile, name: str, patches: Mapping[str, Patch]) -> NDArray[np.uint8]:
+    return patches[name].apply(base.raw(name))
 
 
 @dataclass(frozen=True)

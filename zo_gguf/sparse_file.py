@@ -1,10 +1,10 @@
 """The layout that mask and delta files share: safetensors with, per tensor, indices and values.
 
 `<tensor>.indices` holds sorted flat indices (int32 where they fit, else int64), `<tensor>.<value>`
-as many f32 values. A delta may have edits too (see `edits`): `<tensor>.masters`, and `.product` for
-low-rank products, with `.left` and `.right` where their subspace is fixed. One metadata entry holds
-JSON: kind, header, shapes in base file order, and a SHA-256 of the arrays, so that a damaged file
-is noticed. What the values mean is not known here.
+as many f32 values. A delta may have edits too (see `edits`): `<tensor>.masters`, with `.left` and
+`.right` where a subspace is fixed, and `.product` for a low-rank product beside another edit. One
+metadata entry holds JSON: kind, header, shapes in base file order, and a SHA-256 of the arrays, so
+that a damaged file is noticed. What the values mean is not known here.
 """
 
 import hashlib

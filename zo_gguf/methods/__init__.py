@@ -70,7 +70,7 @@ def _start(config: TuneConfig, gguf: GgufFile) -> Delta:
     twice = len(sparse) > 1 or any(n > 1 for count in (edited, multiplied) for n in count.values())
     if twice or any(whole & set(delta.changed) for delta in deltas):
         raise ZoError(
-            f"The methods of {config.method!r} would train the same tensors in the same way; "
+            f"The methods of {config.method!r} would train the same weights twice; "
             "combine sparse entries, scales and low-rank products, such as sensitive+block-scale "
             "or block-scale+lora, or take methods of different tensors, such as norm+lora."
         )
