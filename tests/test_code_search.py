@@ -232,3 +232,16 @@ def test_rounded_patches(
         assert rounded[name].output_error is not None
         np.testing.assert_array_equal(rounded[name].blocks, parts[name].blocks)
     assert any((rounded[name].blocks != plain[name].blocks).any() for name in delta.tensors)
+
+
+def test_matrices_that_read_the_same_share_their_room(
+    tuned: tuple[GgufFile, Delta], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, delta = tuned
+    names = list(delta.tensors)
+    assert list(merge_patches._portions(base, delta)) == [names]
+    for n_inputs, expected in ((1, [3, 1, 2, 1] * 2), (2, [4, 2, 1] * 2), (3, [6, 4, 3, 1])):
+        monkeypatch.setattr(merge_patches, "_MAX_BYTES", n_inputs * 4 * 4096 * WIDTH)
+        portions = list(merge_patches._portions(base, delta))
+        assert [len(portion) for portion in portions] == expected
+        assert [name for portion in portions for name in portion] == names
