@@ -44,19 +44,20 @@ void for_pieces(const zo_inplace & inplace, Body body) {
 }  // namespace
 
 // llama.cpp repacks quantized matrices in groups of 4, 8 or 16 rows (ggml-cpu/repack.h): a block of a group
-// has the steps of its rows side by side, then their minima where the type has those, then the codes.
+// has the steps of its rows side by side, then their minima where the type has those, then the codes. Tiles
+// for AMX (ggml-cpu/amx/mmq.cpp, pack_B) have the codes first.
 template <typename Body>
 void zo::inplace_tensor::for_places(int64_t first, int64_t n, Body body) const {
     // No division per value: these loops run over all scales of a model for every probe.
     const int64_t per_row = ggml_row_size(live->type, live->ne[0]) / field.block_bytes;
-    const int64_t stride  = interleave * field.block_bytes;
+    const int64_t stride  = interleave * field.block_bytes + padding;
     int64_t       block   = first / field.n_per_block % per_row;
     int64_t       row     = first / field.n_per_block / per_row;
     int64_t       lane    = row % interleave;
     int64_t       k       = first % field.n_per_block;
     int64_t       group   = (row / interleave * per_row + block) * stride;
     for (int64_t i = 0; i < n; ++i) {
-        body(i, group + (interleave == 1 ? field.offset[k] : (k * interleave + lane) * 2));
+        body(i, group + (interleave == 1 ? field.offset[k] : steps_at + (k * interleave + lane) * 2));
         if (++k == field.n_per_block) {
             k = 0;
             group += stride;
@@ -94,6 +95,20 @@ void zo::inplace_tensor::find_interleave() {
     if (fitting.size() == 1) {
         interleave = fitting[0];
     } else {
+        problem = UNKNOWN_LAYOUT;
+    }
+}
+
+void zo::inplace_tensor::find_tiles() {
+    if (!ggml_is_quantized(live->type)) {
+        return;  // as in the file
+    }
+    const bool sums = live->type == GGML_TYPE_Q8_0;  // of the codes, behind the steps
+    const bool wide = live->type == GGML_TYPE_Q4_K || live->type == GGML_TYPE_Q5_K;  // scales and minima
+    interleave      = 16;
+    padding         = sums || wide ? 64 : live->type == GGML_TYPE_IQ4_XS ? 32 : 0;
+    steps_at        = interleave * field.block_bytes + padding - field.n_per_block * 32 - (sums ? 64 : 0);
+    if (base.empty() || field.storage != ZO_F16 || live->ne[1] % interleave != 0 || !holds_base()) {
         problem = UNKNOWN_LAYOUT;
     }
 }
@@ -154,7 +169,8 @@ void zo_inplace::find(ggml_tensor * tensor) {
             t.live = tensor;
             t.find_interleave();
         } else if (where.find("AMX") != std::string::npos) {
-            t.problem = UNKNOWN_LAYOUT;
+            t.live = tensor;
+            t.find_tiles();
         } else if (!force_staged && devices != nullptr && (t.device = devices->of(tensor)) != nullptr) {
             // Written where it lies.
         } else if (!host || force_staged) {

@@ -40,6 +40,8 @@ struct inplace_tensor {
     gpu *              device  = nullptr;  // that holds it and has kernels
     std::vector<char>  copy;               // of the live bytes, where those are out of reach
     int64_t            interleave = 1;     // rows side by side in a block, where llama.cpp repacked them
+    int64_t            steps_at   = 0;     // bytes before their steps
+    int64_t            padding    = 0;     // bytes of such a block that the file has not
     std::string        problem;
 
     // Runs body(i, place in the live bytes) for n values from `first` on.
@@ -47,8 +49,9 @@ struct inplace_tensor {
     void for_places(int64_t first, int64_t n, Body body) const;
     // Whether the scales at these places are the base's.
     bool holds_base() const;
-    // Finds `interleave`, or notes a problem.
+    // Find these, or note a problem.
     void find_interleave();
+    void find_tiles();
 };
 
 }  // namespace zo

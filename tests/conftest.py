@@ -54,7 +54,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Number of the device that kernels run on: the CPU, a GPU's stand-in there, a GPU."""
     if request.param == "stand-in":
         library = stand_in_gpu.build(CACHE)
-        monkeypatch.setattr(native, "_find_library", lambda: library)
+        monkeypatch.setattr(native, "library_path", lambda: library)
         native.load.cache_clear()
     elif request.param == "cuda":
         need_gpu()

@@ -58,7 +58,7 @@ def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> L
 
     def on_stand_in(*given: Any, **options: Any) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_find_library", lambda: library)
+            patch.setattr(native, "library_path", lambda: library)
             native.load.cache_clear()
             found = counted(*given, **options)
         native.load.cache_clear()

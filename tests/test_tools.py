@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -125,22 +124,21 @@ class TestSetup:
         dev.setup()
         assert len(installed) == 4
 
-    @pytest.mark.parametrize("cached", [True, False])
-    def test_no_amx(
+    @pytest.mark.parametrize("amx", [True, False])
+    def test_amx_code_is_put_right(
         self,
-        cached: bool,
+        amx: bool,
         fake_repository: Path,
         installed: list[tuple[str, ...]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(dev, "has_amx", lambda: True)
-        monkeypatch.setattr(dev, "USES_AMX", f"exit({not cached:d})")
-        monkeypatch.setattr(dev, "PYTHON", Path(sys.executable))
+        monkeypatch.setattr(dev, "has_amx", lambda: amx)
         dev.setup()
-        engine = [call for call in installed if call[-1] == dev.pinned(dev.ENGINE)]
-        assert [call[0] for call in engine] == [dev.NO_AMX] * (1 + cached)
-        assert ("--no-cache-dir" in engine[-1]) == cached
-        assert len(installed) == 4 + cached
+        (engine,) = (call for call in installed if call[-1] == dev.pinned(dev.ENGINE))
+        flags = f"-include {fake_repository / 'native' / 'amx_tiles.h'}"
+        assert (engine[0] == flags) == ("--no-cache-dir" in engine) == amx
+        assert (ROOT / "native" / "amx_tiles.h").is_file()
+        assert len(installed) == 4
 
     def test_failed_step_is_done_again(
         self, fake_repository: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from __future__ import annotations  # so that an old Python gets as far as being
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,8 +34,6 @@ OLDEST_PYTHON = (3, 11)
 BUILD_TOOLS = ["pip", "scikit-build-core", "cmake", "ninja"]
 ENGINE = "llama-cpp-python"
 EXTRAS = "export,dev"
-NO_AMX = "-mno-amx-int8"
-USES_AMX = "import llama_cpp as l; exit(b'AMX_INT8 = 1' not in l.llama_print_system_info())"
 
 HINTS = {  # what pip or CMake says -> what to do about it
     "No space left on device": "Free some disk space (3 GB are enough) and run this again.",
@@ -77,22 +76,21 @@ def setup() -> None:
 
 def install_engine() -> None:
     """Compile llama-cpp-python, or take what pip has compiled before where that runs here."""
+    cached = ["--no-cache-dir"] if has_amx() else []  # what is in the cache may crash
     what = f"{ENGINE} (compiled once, some minutes)"
-    options = ["--no-build-isolation", pinned(ENGINE)]
+    options = [*cached, "--no-build-isolation", pinned(ENGINE)]
     pip(what, *options, environment=engine_environment())
-    if has_amx() and subprocess.run([str(PYTHON), "-c", USES_AMX], check=False).returncode == 0:
-        anew = ["--no-cache-dir", "--force-reinstall", "--no-deps"]  # it came from pip's cache
-        pip(what, *anew, *options, environment=engine_environment())
 
 
 def engine_environment() -> dict[str, str]:
-    """Environment of the compilers of llama.cpp, whose AMX code crashes as GCC 12 compiles it.
+    """Environment of the compiler of llama.cpp, whose AMX code crashes as GCC 12 compiles it.
 
-    zo_gguf/amx.py says more. Other machines keep what they have.
+    native/amx_tiles.h says more. Other machines keep what they have.
     """
-    flags = NO_AMX if has_amx() else ""
-    names = ("CFLAGS", "CXXFLAGS")
-    return {name: f"{os.environ.get(name, '')} {flags}".strip() for name in names}
+    if not has_amx():
+        return {}
+    header = shlex.quote(str(ROOT / "native" / "amx_tiles.h"))
+    return {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -include {header}".strip()}
 
 
 def has_amx() -> bool:

@@ -2,11 +2,12 @@
 
 Compilers drop the stores to the tile configuration that llama.cpp loads (GCC 12 does, for one), and
 the first product of a quantized matrix then ends the process: llama.cpp issue 20824, pull request
-26954. The only way to know is to try, in a process of its own.
+26954. The only way to know is to try, in a process of its own. native/amx_tiles.h puts it right.
 
     python -m zo_gguf.amx MODEL.gguf    # runs some tokens; dies where the code is broken
 """
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,9 @@ import llama_cpp  # noqa: TID251 - asked what it was built with, and tried
 import numpy as np
 
 from zo_gguf.errors import ZoError
+from zo_gguf.native import library_path
 
 FEATURE = "AMX_INT8"  # llama.cpp's word for it
-WITHOUT = "-mno-amx-int8"  # compiles llama.cpp without that code
 _WIDTH, _N_VOCAB, _N_TOKENS = 64, 32, 4
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -28,18 +29,21 @@ _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", 
 def require_working_amx() -> None:
     """Raise ZoError, with what to do, if the installed llama.cpp would crash in its AMX code."""
     if problem := amx_problem():
-        raise ZoError(" ".join(problem))
+        sentence, *commands = problem
+        raise ZoError(f"{sentence} {'; '.join(commands)}")
 
 
 def amx_problem() -> list[str]:
     """What is wrong with the installed llama.cpp's AMX code, and the command that helps."""
     if f"{FEATURE} = 1" not in llama_cpp.llama_print_system_info().decode() or not crashes():
         return []
+    header = shlex.quote(str(library_path().with_name("amx_tiles.h")))
     return [
-        "This llama-cpp-python crashes on every quantized model: its AMX code was compiled "
-        "wrongly, as by GCC 12. Compile it without:",
-        f"CFLAGS={WITHOUT} CXXFLAGS={WITHOUT} pip install --force-reinstall --no-deps "
-        f"--no-cache-dir --no-binary :all: llama-cpp-python=={llama_cpp.__version__}",
+        "This llama-cpp-python crashes on every quantized model: its code for AMX was compiled "
+        "wrongly, as by GCC 12. To put it right:",
+        f'export CXXFLAGS="-include {header}"',
+        "pip install --force-reinstall --no-deps --no-cache-dir --no-binary :all: "
+        f"llama-cpp-python=={llama_cpp.__version__}",
     ]
 
 

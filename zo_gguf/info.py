@@ -66,8 +66,8 @@ def _lines(values: dict[str, Any], indent: str) -> Iterator[tuple[str, str]]:
                 yield indent + name, ""
                 yield from _lines(value, indent + "  ")
         elif isinstance(value, list):
-            for number, item in enumerate(value):
-                yield indent + name if number == 0 else "", _text(item)
+            for number, item in enumerate(value):  # sentences and commands, which must be whole
+                yield indent + name if number == 0 else "", " ".join(str(item).split())
         elif value is not None:
             yield indent + name, _text(value)
 

@@ -146,7 +146,7 @@ def load(engine_version: str) -> ctypes.CDLL:
     Raises:
         ZoError: libzo is missing, or was built for another engine.
     """
-    library = ctypes.CDLL(str(_find_library()))
+    library = ctypes.CDLL(str(library_path()))
     for name, (result, arguments) in PROTOTYPES.items():
         function = getattr(library, name, None)
         if function is None:
@@ -170,7 +170,12 @@ def load(engine_version: str) -> ctypes.CDLL:
     return library
 
 
-def _find_library() -> Path:
+def library_path() -> Path:
+    """Where libzo lies.
+
+    Raises:
+        ZoError: It was not built.
+    """
     suffix = {"darwin": "libzo.dylib", "win32": "zo.dll"}.get(sys.platform, "libzo.so")
     candidates = [Path(folder) / "lib" / suffix for folder in zo_gguf.__path__]
     for path in candidates:
