@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from tests.tiny_gguf import WIDTH, packed, random_delta, write_llama
-from zo_gguf import activations, code_search, merge_patches
+from zo_gguf import activations, code_search, input_moments, merge_patches
 from zo_gguf.activations import InputSample, sample_inputs
 from zo_gguf.block_codes import read_blocks
 from zo_gguf.code_search import choose_codes
@@ -137,7 +137,7 @@ def test_wide_rows_are_solved_like_narrow_ones(monkeypatch: pytest.MonkeyPatch) 
     for name, value in (("_ALIKE", 1), ("_TOGETHER", 3), ("_WORKING_SET", 1), ("_WIDE", 64)):
         monkeypatch.setattr(code_search, name, value)
         np.testing.assert_array_equal(problem.solve()[0], narrow)
-    monkeypatch.setattr(code_search, "_LARGEST_FACTOR", 32)
+    monkeypatch.setattr(code_search, "LARGEST_FACTOR", 32)
     descent_only, _ = problem.solve()
     assert (
         problem.output_error(descent_only).sum()
@@ -145,12 +145,39 @@ def test_wide_rows_are_solved_like_narrow_ones(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_K])
+def test_whole_rows(kind: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(kind)
+    rng = np.random.default_rng(7)
+    change = rng.normal(0, 0.02, (N_ROWS, 3)) @ rng.normal(0, 1, (3, N_COLS))
+    theta = change.astype(np.float32).reshape(-1)
+    target = problem.old.reshape(-1, problem.block) + theta.reshape(-1, problem.block)
+    start = requantize(problem.raw, kind, np.arange(theta.size), theta)
+
+    def output_error(blocks: NDArray[np.uint8]) -> NDArray[np.float64]:
+        values = gguf.quants.dequantize(blocks.reshape(-1), kind).reshape(target.shape)
+        error = (values - target).astype(np.float64).reshape(N_ROWS, N_COLS)
+        return np.square(error @ problem.inputs.T.astype(np.float64)).sum(axis=1)
+
+    def solve() -> tuple[NDArray[np.uint8], float]:
+        return choose_codes(
+            start.ids, [start.blocks], problem.layout, target, problem.inputs, ridge=RIDGE
+        )
+
+    blocks, error = solve()
+    assert error == pytest.approx(output_error(blocks).sum(), rel=1e-3)
+    assert (output_error(blocks) < 0.5 * output_error(start.blocks)).all()
+    for module in (code_search, input_moments):  # the factor in float32
+        monkeypatch.setattr(module, "LARGEST_FACTOR", 64)
+    assert solve()[1] == pytest.approx(error, rel=0.02)
+
+
 @pytest.mark.parametrize("limit", [0, 1 << 27], ids=["lapack", "together"])
 def test_factor(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_search, "_LITTLE_WORK", limit)
+    monkeypatch.setattr(input_moments, "_LITTLE_WORK", limit)
     x = np.random.default_rng(0).normal(size=(3, 50, 33))
     moments = x.swapaxes(1, 2) @ x
-    factor = code_search._upper_factor(moments)
+    factor = input_moments.upper_factor(moments)
     np.testing.assert_allclose(factor @ factor.swapaxes(1, 2), moments, atol=1e-9)
     np.testing.assert_array_equal(np.tril(factor, -1), 0)
 

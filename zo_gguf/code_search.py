@@ -9,7 +9,6 @@ improves. Steps and offsets stay, and so do all blocks that were not touched.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.block_codes import BlockCodes, read_blocks
+from zo_gguf.input_moments import (
+    LARGEST_FACTOR,
+    InputMoments,
+    columns_among,
+    columns_of,
+    product,
+)
 from zo_gguf.quant_layout import Layout
 
 F64 = NDArray[np.float64]
@@ -28,8 +34,6 @@ _SWEEPS = 6
 _TOGETHER = 64  # columns whose changes reach all others in one product
 _WIDE = 512  # columns; rows with more share their moments, if they touch the same blocks
 _ALIKE = 8  # rows with the same blocks, on average, from which on narrow ones share them too
-_LARGEST_FACTOR = 4096  # columns; beyond, only coordinate descent
-_LITTLE_WORK = 1 << 27  # of m^3 multiplications; up to here matrices are factored together
 _WORKING_SET = 1 << 22  # numbers held at once
 _TINY = 1e-15  # changes of the loss below this are rounding
 
@@ -61,13 +65,13 @@ def choose_codes(
     moments = inputs.T @ inputs  # (n_cols, n_cols)
     result = np.empty_like(starts[0])
     output_error = 0.0
-    known: _Moments | None = None
+    known: InputMoments | None = None
     for members in _batches(row, column, layout.block):
         # (n_rows, n_blocks): the members of each row
-        columns = _columns_of(column[members], layout.block)
+        columns = columns_of(column[members], layout.block)
         if known is None or not np.array_equal(known.columns, columns):
             known = None  # never two in memory
-            known = _Moments(columns, moments, ridge)
+            known = InputMoments(columns, moments, ridge)
         rows = _Rows(layout, known, target[members])
         best: _Codes | None = None
         for start in starts:
@@ -137,43 +141,13 @@ class _Scale:
     offset: F64
 
 
-class _Moments:
-    """Second moments of the inputs of rows' free weights, by falling mean square.
-
-    Args:
-        columns: Of the m free weights of each row, (n_rows, m), or of all rows, (1, m).
-        moments: Of all inputs, (n_cols, n_cols).
-        ridge: See `choose_codes`.
-    """
-
-    def __init__(self, columns: I64, moments: F32, ridge: float) -> None:
-        self.columns = columns
-        self.order = np.argsort(-moments[columns, columns], axis=1, kind="stable")
-        used = np.take_along_axis(columns, self.order, axis=1)
-        self.values = moments[used[:, :, None], used[:, None, :]].astype(np.float64)
-        diagonal = np.einsum("rii->ri", self.values)  # a view
-        self.level = ridge * np.maximum(diagonal.mean(axis=1), 1e-30)
-        diagonal += self.level[:, None]
-
-    @cached_property
-    def factor(self) -> F64:
-        """Upper triangular R with R R^T = H."""
-        return _upper_factor(self.values)
-
-
-def _columns_of(column: I64, block: int) -> I64:
-    """Columns of the weights in the rows' blocks, (n_rows, m); (1, m) if all have the same."""
-    shared = column[:1] if (column == column[:1]).all() else column
-    return (shared[..., None] * block + np.arange(block)).reshape(len(shared), -1)
-
-
 class _Rows:
     """Some rows with m free weights each, in the order of `moments`.
 
     Values of the free weights are (m, n_rows), so that one column of all rows lies together.
     """
 
-    def __init__(self, layout: Layout, moments: _Moments, target: F32) -> None:
+    def __init__(self, layout: Layout, moments: InputMoments, target: F32) -> None:
         self.layout = layout
         self._shared = moments
         self.moments, self.level = moments.values, moments.level
@@ -190,7 +164,7 @@ class _Rows:
 
     def loss(self, error: F64) -> F64:
         """e H e with the ridge, (n_rows,)."""
-        return np.asarray((_product(self.moments, error) * error).sum(axis=0))
+        return np.asarray((product(self.moments, error) * error).sum(axis=0))
 
     def plain_loss(self, error: F64) -> F64:
         """e H e without it."""
@@ -202,8 +176,10 @@ class _Rows:
         step = self._ordered(np.repeat(blocks.step, group, axis=1))
         offset = self._ordered(np.repeat(blocks.offset, group, axis=1))
         scale = _Scale(step, 1 / np.where(step == 0, 1, step), offset)
-        starts = [self._ordered(self.layout.levels[blocks.codes])]
-        if len(step) <= _LARGEST_FACTOR:
+        starts = []
+        if not self._shared.are_all:  # else it was never the better one
+            starts.append(self._ordered(self.layout.levels[blocks.codes]))
+        if self._shared.are_all or len(step) <= LARGEST_FACTOR:
             starts.append(self._sequential(scale))
         for levels in starts:
             error = self._descend(scale, levels)
@@ -221,20 +197,20 @@ class _Rows:
         levels, error = np.empty_like(self.target), np.empty_like(self.target)
         carried = np.zeros_like(self.target)
         for part, rest in _parts(len(levels)):
-            near = _columns(factor, part)
+            near = columns_among(factor, part)
             for i, j in enumerate(range(part.start, part.stop)):
                 wanted = self.target[j] - carried[j] / near[i, i]
                 levels[j] = self._nearest(wanted, scale, j)
                 error[j] = scale.step[j] * levels[j] - scale.offset[j] - self.target[j]
                 carried[j + 1 : part.stop] += near[i, i + 1 :] * error[j]
-            carried[rest] += _product(factor[:, part, rest], error[part])
+            carried[rest] += product(factor[:, part, rest], error[part])
         return levels
 
     def _descend(self, scale: _Scale, levels: F64) -> F64:
         """Change single levels of each row, in place, while that helps; returns the errors."""
         error = scale.step * levels - scale.offset - self.target
-        slope = _product(self.moments, error)  # half the gradient
-        near = [(part, _columns(self.moments, part)) for part, _ in _parts(len(levels))]
+        slope = product(self.moments, error)  # half the gradient
+        near = [(part, columns_among(self.moments, part)) for part, _ in _parts(len(levels))]
         for _ in range(_SWEEPS):
             any_changed = False
             for part, moments in near:
@@ -253,7 +229,7 @@ class _Rows:
                 changed = error[part] - before
                 if changed.any():
                     any_changed = True
-                    slope += _product(self.moments[:, part], changed)
+                    slope += product(self.moments[:, part], changed)
             if not any_changed:
                 break
         return error
@@ -271,30 +247,3 @@ def _parts(m: int) -> list[tuple[slice, slice]]:
     """Runs of columns, and what comes after each."""
     edges = [*range(0, m, _TOGETHER), m]
     return [(slice(a, b), slice(b, m)) for a, b in pairwise(edges)]
-
-
-def _columns(matrices: F64, part: slice) -> F64:
-    """The part of every matrix among these columns, (columns, columns, n_rows or 1)."""
-    return np.ascontiguousarray(matrices[:, part, part].transpose(1, 2, 0))
-
-
-def _product(matrices: F64, values: F64) -> F64:
-    """Every row's column of `values`, (k, n_rows), times its matrix, (n_rows or 1, k, m)."""
-    if len(matrices) == 1:
-        return np.asarray(matrices[0].T @ values)
-    return np.ascontiguousarray(np.matmul(values.T[:, None], matrices)[:, 0].T)
-
-
-def _upper_factor(moments: F64) -> F64:
-    """Upper triangular R with R R^T = H, for each of the matrices (k, m, m)."""
-    reverse = moments[:, ::-1, ::-1]
-    if moments.size * moments.shape[1] > _LITTLE_WORK:
-        return np.asarray(np.linalg.cholesky(reverse)[:, ::-1, ::-1])
-    # All matrices at once: LAPACK takes them one by one, and waits for its threads each time.
-    rest = reverse.copy()
-    lower = np.zeros_like(rest)
-    for j in range(rest.shape[1]):
-        column = rest[:, j:, j] / np.sqrt(rest[:, j, j])[:, None]
-        lower[:, j:, j] = column
-        rest[:, j:, j:] -= column[:, :, None] * column[:, None, :]
-    return lower[:, ::-1, ::-1]
