@@ -177,7 +177,7 @@ class _Rows:
         offset = self._ordered(np.repeat(blocks.offset, group, axis=1))
         scale = _Scale(step, 1 / np.where(step == 0, 1, step), offset)
         starts = []
-        if not self._shared.are_all:  # else it was never the better one
+        if not self._shared.are_all or len(step) <= _WIDE:  # in others it is hardly ever better
             starts.append(self._ordered(self.layout.levels[blocks.codes]))
         if self._shared.are_all or len(step) <= LARGEST_FACTOR:
             starts.append(self._sequential(scale))
