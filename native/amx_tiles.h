@@ -1,5 +1,5 @@
-// For llama.cpp's sources, by -include, where GCC compiles them for AMX: what GCC's own definitions of these
-// two do not say is that they read memory, so that stores to it are dropped (zo_gguf/amx.py). Others are
+// For llama.cpp's sources, by -include, where GCC compiles them for AMX (zo_gguf/amx.py). What GCC's own
+// definitions of these two do not say is that they read memory, so that stores to it are dropped. Others are
 // right.
 
 #pragma once
@@ -8,7 +8,14 @@
 
 #include <immintrin.h>
 
-#define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %0" : : "m"(*(const char (*)[64])(config)))
+// llama.cpp loads its configuration once per thread, with a flag set behind this. Other libraries that use
+// tiles there, as PyTorch does for bfloat16, leave none: so it returns before the flag, and loads it for
+// every product.
+#define _tile_loadconfig(config)                                                                             \
+    do {                                                                                                     \
+        __asm__ volatile("ldtilecfg %0" : : "m"(*(const char (*)[64])(config)));                             \
+        return;                                                                                              \
+    } while (0)
 
 #undef _tile_loadd
 #define _tile_loadd(tile, base, stride) ZO_TILE_LOADD(tile, base, stride)

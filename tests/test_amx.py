@@ -39,6 +39,19 @@ def test_the_installed_one_runs(tmp_path: Path) -> None:
     assert not amx.crashes()
 
 
+def test_other_users_of_tiles_do_no_harm(tmp_path: Path) -> None:
+    """PyTorch's products of bfloat16 use them where the CPU has AMX, in the same thread."""
+    amx.write_model(tmp_path / "m.gguf")
+    program = (
+        "import sys, torch; from pathlib import Path; from zo_gguf.amx import decode\n"
+        "decode(Path(sys.argv[1])); a = torch.ones(512, 512, dtype=torch.bfloat16)\n"
+        "assert (a @ a)[0, 0] == 512; decode(Path(sys.argv[1])); print('twice')"
+    )
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "m.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "twice"), done.stderr
+
+
 def test_only_a_signal_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amx.sys, "executable", "/bin/false")
     assert not amx.crashes()

@@ -132,13 +132,17 @@ class TestSetup:
         installed: list[tuple[str, ...]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        header = fake_repository / "native" / "amx_tiles.h"
+        header.write_text("// 1\n")
         monkeypatch.setattr(dev, "has_amx", lambda: amx)
         dev.setup()
         (engine,) = (call for call in installed if call[-1] == dev.pinned(dev.ENGINE))
-        flags = f"-include {fake_repository / 'native' / 'amx_tiles.h'}"
-        assert (engine[0] == flags) == ("--no-cache-dir" in engine) == amx
+        assert (engine[0] == f"-include {header}") == ("--no-cache-dir" in engine) == amx
         assert (ROOT / "native" / "amx_tiles.h").is_file()
         assert len(installed) == 4
+        header.write_text("// 2\n")
+        dev.setup()
+        assert len(installed) == (8 if amx else 5)
 
     def test_failed_step_is_done_again(
         self, fake_repository: Path, monkeypatch: pytest.MonkeyPatch

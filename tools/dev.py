@@ -57,7 +57,8 @@ def setup() -> None:
     """Bring .venv up to date; does nothing where the stamps say that it is."""
     started = time.monotonic()
     make_venv()
-    packages = digest([ROOT / "pyproject.toml", CONSTRAINTS], sys.version)
+    pins = [ROOT / "pyproject.toml", CONSTRAINTS, *amx_header()]
+    packages = digest(pins, sys.version)
     native = sorted((ROOT / "native").glob("*"))
     library = digest([ROOT / "CMakeLists.txt", *native], packages)
     stamped_packages = read_stamp("packages") == packages
@@ -76,7 +77,7 @@ def setup() -> None:
 
 def install_engine() -> None:
     """Compile llama-cpp-python, or take what pip has compiled before where that runs here."""
-    cached = ["--no-cache-dir"] if has_amx() else []  # what is in the cache may crash
+    cached = ["--no-cache-dir"] if amx_header() else []  # what is in the cache may crash
     what = f"{ENGINE} (compiled once, some minutes)"
     options = [*cached, "--no-build-isolation", pinned(ENGINE)]
     pip(what, *options, environment=engine_environment())
@@ -87,10 +88,14 @@ def engine_environment() -> dict[str, str]:
 
     native/amx_tiles.h says more. Other machines keep what they have.
     """
-    if not has_amx():
-        return {}
-    header = shlex.quote(str(ROOT / "native" / "amx_tiles.h"))
-    return {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -include {header}".strip()}
+    flags = [os.environ.get("CXXFLAGS", "")]
+    flags += [f"-include {shlex.quote(str(header))}" for header in amx_header()]
+    return {"CXXFLAGS": " ".join(flags).strip()}
+
+
+def amx_header() -> list[Path]:
+    """The header, where this machine's CPU has AMX."""
+    return [ROOT / "native" / "amx_tiles.h"] if has_amx() else []
 
 
 def has_amx() -> bool:
