@@ -136,13 +136,18 @@ class TestSetup:
         header.write_text("// 1\n")
         monkeypatch.setattr(dev, "has_amx", lambda: amx)
         dev.setup()
-        (engine,) = (call for call in installed if call[-1] == dev.pinned(dev.ENGINE))
-        assert (engine[0] == f"-include {header}") == ("--no-cache-dir" in engine) == amx
+        engine = next(call for call in installed if call[-1] == dev.pinned(dev.ENGINE))
+        assert (
+            (engine[0] == f"-include {header}")
+            == ({"--no-cache-dir", "--force-reinstall"} <= {*engine})
+            == amx
+        )
         assert (ROOT / "native" / "amx_tiles.h").is_file()
-        assert len(installed) == 4
+        assert len(installed) == 4 + amx
+        installed.clear()
         header.write_text("// 2\n")
         dev.setup()
-        assert len(installed) == (8 if amx else 5)
+        assert len(installed) == (5 if amx else 1)
 
     def test_failed_step_is_done_again(
         self, fake_repository: Path, monkeypatch: pytest.MonkeyPatch

@@ -77,9 +77,11 @@ def setup() -> None:
 
 def install_engine() -> None:
     """Compile llama-cpp-python, or take what pip has compiled before where that runs here."""
-    cached = ["--no-cache-dir"] if amx_header() else []  # what is in the cache may crash
     what = f"{ENGINE} (compiled once, some minutes)"
-    options = [*cached, "--no-build-isolation", pinned(ENGINE)]
+    options = ["--no-build-isolation", pinned(ENGINE)]
+    if amx_header():  # what is there, or in pip's cache, may crash
+        anew = ["--no-cache-dir", "--force-reinstall", "--no-deps"]
+        pip(what, *anew, *options, environment=engine_environment())
     pip(what, *options, environment=engine_environment())
 
 
