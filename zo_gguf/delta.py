@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zo_gguf.edits import Edit, Edits, Gain, Live, LowRank, Products, describe, fixed_arrays, parse
+from zo_gguf.edits import (
+    Edit,
+    Edits,
+    Gain,
+    Live,
+    LowRank,
+    Products,
+    describe,
+    fixed_arrays,
+    in_order,
+    parse,
+)
 from zo_gguf.errors import ZoError
 from zo_gguf.mask import Mask, check_base
 from zo_gguf.sparse_file import (
@@ -85,7 +96,7 @@ class Delta:
     low_rank: Products = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = self.n_sparse + sum(edit.size for _, edit in self._all_edits())
+        n = self.n_sparse + sum(edit.size for _, edit in in_order(self.edits, self.low_rank))
         if self.theta.shape != (n,):
             raise ZoError(f"theta has shape {self.theta.shape}, but the delta has {n} positions.")
         if self.theta.dtype != np.float32:
@@ -128,7 +139,7 @@ class Delta:
     def parts(self) -> list[tuple[str, Edit, slice]]:
         """Tensor, edit or product, and its masters' place in theta, in the order of theta."""
         result, first = [], self.n_sparse
-        for name, edit in self._all_edits():
+        for name, edit in in_order(self.edits, self.low_rank):
             result.append((name, edit, slice(first, first + edit.size)))
             first += edit.size
         return result
@@ -140,9 +151,6 @@ class Delta:
     def low_rank_slices(self) -> dict[str, slice]:
         """Where each product's masters lie in theta."""
         return {name: part for name, _, part in self.parts()[len(self.edits) :]}
-
-    def _all_edits(self) -> list[tuple[str, Edit]]:
-        return [*self.edits.items(), *self.low_rank.items()]
 
     @property
     def live(self) -> dict[str, Live]:
@@ -245,7 +253,7 @@ class Delta:
         if entries.tensors or not (edits or low_rank):
             check_entries(entries, what)
         parts = [entries.values[name] for name in entries.tensors]
-        for name, edit in [*edits.items(), *low_rank.items()]:
+        for name, edit in in_order(edits, low_rank):
             masters = extra.arrays.get(_masters(name, edit, edits))
             if masters is None or masters.shape != (edit.size,) or masters.dtype != np.float32:
                 raise ZoError(f"The {what} has no fitting masters for {name!r}; make it again.")

@@ -148,9 +148,14 @@ Edits = dict[str, Live | Gain]
 Products = dict[str, LowRank]
 
 
+def in_order(edits: Edits, low_rank: Products) -> list[tuple[str, Edit]]:
+    """Edits and products by tensor, in the order of their masters."""
+    return [*edits.items(), *low_rank.items()]
+
+
 def describe(edits: Edits, low_rank: Products) -> list[list[Any]]:
     """The edits and products as JSON values, without arrays."""
-    return [[name, *_described(edit)] for name, edit in [*edits.items(), *low_rank.items()]]
+    return [[name, *_described(edit)] for name, edit in in_order(edits, low_rank)]
 
 
 def _described(edit: Edit) -> list[Any]:
