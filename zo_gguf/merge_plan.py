@@ -153,14 +153,12 @@ def write_plan(
     for name in delta.changed:
         info = base.tensors[name]
         kind = plan.promoted.get(name)
-        if kind is None and name not in patches:
-            continue
-        if kind is None:
-            same = partial(_patched, base, name, patches)
-            replace[name] = NewTensor(name, info.shape, info.type, same)
-        else:
+        if kind is not None:
             make = _Promotion(base, name, kind, delta)
             replace[name] = NewTensor(name, info.shape, kind, make)
+        elif name in patches:
+            same = partial(_patched, base, name, patches)
+            replace[name] = NewTensor(name, info.shape, info.type, same)
     if any(kind not in _FLOATS for kind in plan.promoted.values()):
         keys = {"general.quantization_version": 2, **keys}
     copy_gguf(base, path, replace=replace, keys=keys)
