@@ -72,7 +72,7 @@ void zo::inplace_tensor::for_places(int64_t first, int64_t n, Body body) const {
 }
 
 bool zo::inplace_tensor::holds_base() const {
-    bool holds = true;
+    bool holds = !base.empty() && field.storage == ZO_F16 && live->ne[1] % interleave == 0;
     // In pieces: the wrong layouts show in the first one, and a large model has many scales.
     for (int64_t first = 0; holds && first < field.n_values; first += CHUNK) {
         for_places(first, std::min(CHUNK, field.n_values - first), [&](int64_t i, int64_t place) {
@@ -88,7 +88,7 @@ void zo::inplace_tensor::find_interleave() {
     std::vector<int64_t> fitting;
     for (const int64_t rows : { 4, 8, 16 }) {
         interleave = rows;
-        if (!base.empty() && field.storage == ZO_F16 && live->ne[1] % rows == 0 && holds_base()) {
+        if (holds_base()) {
             fitting.push_back(rows);
         }
     }
@@ -108,7 +108,7 @@ void zo::inplace_tensor::find_tiles() {
     interleave      = 16;
     padding         = sums || wide ? 64 : live->type == GGML_TYPE_IQ4_XS ? 32 : 0;
     steps_at        = interleave * field.block_bytes + padding - field.n_per_block * 32 - (sums ? 64 : 0);
-    if (base.empty() || field.storage != ZO_F16 || live->ne[1] % interleave != 0 || !holds_base()) {
+    if (!holds_base()) {
         problem = UNKNOWN_LAYOUT;
     }
 }

@@ -47,7 +47,7 @@ struct inplace_tensor {
     // Runs body(i, place in the live bytes) for n values from `first` on.
     template <typename Body>
     void for_places(int64_t first, int64_t n, Body body) const;
-    // Whether the scales at these places are the base's.
+    // Whether it has f16 scales, and those at these places are the base's.
     bool holds_base() const;
     // Find these, or note a problem.
     void find_interleave();
