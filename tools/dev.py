@@ -79,7 +79,7 @@ def install_engine() -> None:
     """Compile llama-cpp-python, or take what pip has compiled before where that runs here."""
     what = f"{ENGINE} (compiled once, some minutes)"
     options = ["--no-build-isolation", pinned(ENGINE)]
-    if amx_header():  # what is there, or in pip's cache, may crash
+    if amx_header():  # what is there, or in pip's cache, may crash; what it needs comes after it
         anew = ["--no-cache-dir", "--force-reinstall", "--no-deps"]
         pip(what, *anew, *options, environment=engine_environment())
     pip(what, *options, environment=engine_environment())
