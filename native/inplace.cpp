@@ -145,7 +145,7 @@ void zo_inplace::values(const zo::inplace_tensor & t, const zo_branch & branch, 
 }
 
 void zo_inplace::look(const ggml_tensor * node) {
-    for (int i = 0; i < GGML_MAX_SRC && n_found < tensors.size(); ++i) {
+    for (int i = 0; i < GGML_MAX_SRC && !written; ++i) {
         ggml_tensor * source = node->src[i];
         if (source != nullptr) {
             find(source->view_src != nullptr ? source->view_src : source);
@@ -154,32 +154,48 @@ void zo_inplace::look(const ggml_tensor * node) {
 }
 
 void zo_inplace::find(ggml_tensor * tensor) {
+    const zo::inplace_tensor * twin = nullptr;
     for (zo::inplace_tensor & t : tensors) {
-        if (t.live != nullptr || t.name != tensor->name) {
+        if (t.name != tensor->name) {
             continue;
         }
-        ggml_backend_buffer * buffer = tensor->buffer;
-        const bool            host   = buffer == nullptr || ggml_backend_buffer_is_host(buffer);
-        const std::string     where  = buffer == nullptr ? "" : ggml_backend_buffer_name(buffer);
-        if ((int64_t) ggml_nbytes(tensor) != t.n_bytes) {
-            t.problem = "has an unexpected size in memory";
-        } else if (where.find("Mapped") != std::string::npos) {
-            t.problem = "is mapped from the file and must not be written";
-        } else if (where.find("REPACK") != std::string::npos) {
-            t.live = tensor;
-            t.find_interleave();
-        } else if (where.find("AMX") != std::string::npos) {
-            t.live = tensor;
-            t.find_tiles();
-        } else if (!force_staged && devices != nullptr && (t.device = devices->of(tensor)) != nullptr) {
-            // Written where it lies.
-        } else if (!host || force_staged) {
-            t.copy.resize((size_t) t.n_bytes);
-            ggml_backend_tensor_get(tensor, t.copy.data(), 0, t.copy.size());
+        if (t.live == nullptr) {
+            place(t, tensor);
         }
-        t.live = tensor;
-        n_found += 1;
-        return;
+        if (t.live->data == tensor->data) {
+            return;
+        }
+        twin = &t;
+    }
+    // With layers on a GPU, llama.cpp has the embedding twice where the head is tied to it.
+    if (twin != nullptr) {
+        zo::inplace_tensor other = *twin;
+        other.device             = nullptr;
+        other.copy.clear();
+        other.problem.clear();
+        place(other, tensor);
+        tensors.push_back(std::move(other));
+    }
+}
+
+void zo_inplace::place(zo::inplace_tensor & t, ggml_tensor * tensor) {
+    ggml_backend_buffer * buffer = tensor->buffer;
+    const bool            host   = buffer == nullptr || ggml_backend_buffer_is_host(buffer);
+    const std::string     where  = buffer == nullptr ? "" : ggml_backend_buffer_name(buffer);
+    t.live                       = tensor;
+    if ((int64_t) ggml_nbytes(tensor) != t.n_bytes) {
+        t.problem = "has an unexpected size in memory";
+    } else if (where.find("Mapped") != std::string::npos) {
+        t.problem = "is mapped from the file and must not be written";
+    } else if (where.find("REPACK") != std::string::npos) {
+        t.find_interleave();
+    } else if (where.find("AMX") != std::string::npos) {
+        t.find_tiles();
+    } else if (!force_staged && devices != nullptr && (t.device = devices->of(tensor)) != nullptr) {
+        // Written where it lies.
+    } else if (!host || force_staged) {
+        t.copy.resize((size_t) t.n_bytes);
+        ggml_backend_tensor_get(tensor, t.copy.data(), 0, t.copy.size());
     }
 }
 
@@ -306,6 +322,7 @@ zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
         if (status != ZO_OK) {
             return status;
         }
+        inplace->written = true;
         for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n) {
             if (t.device != nullptr) {
                 return;

@@ -64,11 +64,13 @@ struct zo_inplace {
     std::vector<float>              theta;
     uint64_t                        version = 1;        // of theta
     zo::gpus *                      devices = nullptr;  // the hook's
-    size_t                          n_found = 0;
+    bool                            written = false;
 
-    // Notes where a tensor lies, while some are not found yet.
+    // Notes where tensors lie, until something is written to them. One that llama.cpp holds twice, in two
+    // places, is then in `tensors` twice, with the same values of theta.
     void look(const ggml_tensor * node);
     void find(ggml_tensor * tensor);
+    void place(zo::inplace_tensor & t, ggml_tensor * tensor);
     // Live values [first, first + n) of a tensor in a branch, not yet rounded to its storage.
     void values(const zo::inplace_tensor & t, const zo_branch & branch, int64_t first, int64_t n,
                 float * live) const;
