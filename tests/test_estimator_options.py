@@ -5,15 +5,43 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_estimators import ROWS, Toy, config, linear, quadratic
+from test_estimators import EPS, ROWS, SEEDS, Toy, config, linear, quadratic, toy
 
 from zo_gguf.batch import branch_per_example, build_request, lay_out
 from zo_gguf.clip import Clip
 from zo_gguf.dataset import Example
 from zo_gguf.errors import ZoError
-from zo_gguf.estimator import direction_seeds, distribution_of, estimate
+from zo_gguf.estimator import (
+    direction_seeds,
+    distribution_of,
+    estimate,
+    fzoo,
+    grzo,
+    spsa,
+    trouble,
+)
 from zo_gguf.handles import NORMAL, RADEMACHER
 from zo_gguf.trajectory import Direction, Record, Trajectory
+
+# ---- losses that say nothing ---------------------------------------------------------------------
+
+
+def test_losses_that_no_probe_changes_are_noticed() -> None:
+    def rows(theta: np.ndarray, row: int) -> float:
+        return 1.0 + row
+
+    def one_moves(theta: np.ndarray, row: int) -> float:
+        return quadratic(theta, row) if row == 2 else rows(theta, row)
+
+    for run in (
+        lambda loss: spsa(toy(loss), ROWS, SEEDS, EPS),
+        lambda loss: fzoo(toy(loss), ROWS, SEEDS, EPS),
+        lambda loss: grzo(toy(loss), ROWS, 1, EPS),
+    ):
+        assert "No probe" in trouble(*run(rows))
+        assert trouble(*run(one_moves)) is None
+        assert trouble(*run(lambda theta, _: 0.0)) is None  # all learned
+
 
 # ---- options -------------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from zo_gguf.estimator import (
     estimate,
     fzoo,
     grzo,
-    is_finite,
     spsa,
+    trouble,
     unit_size,
 )
 from zo_gguf.handles import NORMAL, RADEMACHER
@@ -210,16 +210,28 @@ def test_equal_losses_give_no_step() -> None:
         grzo(toy(lambda theta, _: 2.0), ROWS, 1, EPS),
     ):
         assert [d.projected_grad for d in directions] == [0.0] * len(directions)
-        assert is_finite(directions)
+
+
+def test_probes_that_all_move_the_loss_equally_give_no_step() -> None:
+    def ditch(theta: np.ndarray, _: int) -> float:
+        return 1.0 if (theta == engine.theta).all() else 1.5
+
+    engine = toy(ditch)
+    directions, _ = fzoo(engine, ROWS, SEEDS, EPS)
+    assert [d.loss_plus - d.loss_minus for d in directions] == [0.5] * len(directions)
+    assert [d.projected_grad for d in directions] == [0.0] * len(directions)
 
 
 def test_losses_that_are_not_finite_are_noticed() -> None:
+    directions, scores = spsa(toy(quadratic), ROWS, SEEDS, EPS)
+    assert trouble(directions, scores) is None
     for value in (np.nan, np.inf):
         with np.errstate(invalid="ignore"):
-            assert not is_finite(spsa(toy(lambda theta, _, v=value: v), ROWS, SEEDS, EPS)[0])
+            broken = spsa(toy(lambda theta, _, v=value: v), ROWS, SEEDS, EPS)
+        assert "not finite" in trouble(*broken)
     for d in (Direction(1, 0, np.nan, 0, 0), Direction(1, 0, 0, np.inf, 0)):
-        assert not is_finite([Direction(1, 0, 1, 1, 0), d])
-    assert not is_finite([Direction(1, 0, 1, 1, -np.inf)])
+        assert "not finite" in trouble([*directions, d], scores)
+    assert "not finite" in trouble([Direction(1, 0, 1, 1, -np.inf)], scores)
 
 
 # ---- what the estimates are estimates of ---------------------------------------------------------

@@ -119,9 +119,12 @@ def test_losses_are_those_of_the_cpu(
     method: str, quant: str, on_gpu: Losses, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     given, delta, theta = prepare(tmp_path, method, quant)
-    options: dict[str, Any] = {"theta": theta, "distribution": RADEMACHER}
     for width, distribution in ((1, NORMAL), (3, RADEMACHER)):
-        options = {"theta": theta, "distribution": distribution, "probes_per_decode": width}
+        options: dict[str, Any] = {
+            "theta": theta,
+            "distribution": distribution,
+            "probes_per_decode": width,
+        }
         gpu = on_gpu(delta, given.model, **options)
         exact = quant == "F32" and not on_cuda(request)
         agree(gpu, beside(request, delta, given.model, **options), exact)

@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,43 @@ def test_swapped_records_are_noticed(tmp_path: Path) -> None:
     path.write_bytes(head + body[SIZE : 2 * SIZE] + body[:SIZE] + body[2 * SIZE :])
     with pytest.raises(ZoError, match="Record 1"):
         Trajectory.load(path)
+
+
+def test_a_full_disk_leaves_whole_records(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.bin", 2)
+    trajectory = Trajectory.load(path)
+    trajectory.append(record(3))
+    file = trajectory._file
+
+    class Full:
+        """A file that takes no more than ten bytes."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(file, name)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data[:10])
+
+    trajectory._file = Full()
+    with pytest.raises(OSError, match="No space") as error:
+        trajectory.append(record(4))
+    assert error.value.filename == str(path)
+    trajectory.close()
+    again = Trajectory.load(path)
+    assert again.n_records == 3
+    again.append(record(4))
+    again.close()
+    assert path.read_bytes() == written(tmp_path / "whole.bin", 4).read_bytes()
+
+
+def test_the_last_record_can_be_taken_back(tmp_path: Path) -> None:
+    trajectory = Trajectory.load(written(tmp_path / "t.bin", 2))
+    trajectory.append(record(3))
+    trajectory.drop_last()
+    assert len(list(trajectory.records())) == 2
+    trajectory.append(record(3))
+    trajectory.close()
+    assert trajectory.path.read_bytes() == written(tmp_path / "whole.bin", 3).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,8 @@ class TestBadInput:
         self, tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
     ) -> None:
         options = arguments(tiny_export, task_dir, tmp_path / "r", learning_rate=3e38)
-        with pytest.raises(ZoError, match="--learning-rate"):
-            tune_module.tune(TuneConfig(**options))
+        for start in (lambda _: tune_module.tune(TuneConfig(**options)), tune_module.resume):
+            with pytest.raises(ZoError, match="--learning-rate"):
+                start(tmp_path / "r")
         assert Delta.load(tmp_path / "r" / "checkpoints" / "best.safetensors")
+        assert replay(ReplayConfig(run=str(tmp_path / "r"))).step == 0  # the last good one

@@ -20,6 +20,7 @@ from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import Hook
+from zo_gguf.interrupt import deferred
 from zo_gguf.llama import default_threads, load_model, native_library, quiet_engine
 from zo_gguf.native import Library
 from zo_gguf.parameters import AT_THETA, Parameters
@@ -252,7 +253,8 @@ def _decode(context: Any, tokens: Sequence[int], flags: Flags) -> None:
         batch.seq_id[i][0] = 0
         batch.n_seq_id[i] = 1
         batch.logits[i] = bool(flags[i])
-    status = llama_cpp.llama_decode(context, batch)
+    with deferred():
+        status = llama_cpp.llama_decode(context, batch)
     llama_cpp.llama_batch_free(batch)
     if status != 0:
         raise ZoError(f"llama_decode failed with status {status} on {len(tokens)} tokens.")

@@ -18,6 +18,7 @@ Each returns directions whose mean of projected_grad * z is the step's estimate:
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zo_gguf.adjust import Adjustment
 from zo_gguf.config import TuneConfig
@@ -33,7 +34,7 @@ from zo_gguf.trajectory import Direction
 _MASK = (1 << 64) - 1
 _CURVATURE_POWER = 0.1
 _SAMPLE = 8  # directions that tell how large an estimate is
-_TINY = 1e-12  # keeps a step finite where all losses are the same
+_TINY = 1e-12  # up to here, losses that differ are the same ones, rounded
 Estimate = tuple[tuple[Direction, ...], Scores]
 
 
@@ -160,7 +161,7 @@ def fzoo(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps:
     scores = engine.score(examples, [Probe(0, 0.0), *(Probe(seed, eps) for seed in seeds)])
     here, *there = scores.losses.mean(axis=1)
     losses = np.array(there)
-    slopes = (losses - here) / (losses.std() + _TINY)
+    slopes = _normalized(losses - here)
     n = len(seeds)
     return tuple(map(_direction, seeds, [0] * n, losses, [here] * n, slopes)), scores
 
@@ -175,17 +176,33 @@ def grzo(engine: Engine, examples: Sequence[Example], seed: int, eps: float) -> 
     probes = [[Probe(seed, side * eps, sign) for sign in signs] for side in (1.0, -1.0)]
     scores = engine.score(examples, probes)
     plus, minus = scores.losses
-    slopes = (plus - minus) / ((plus - minus).std() + _TINY)
+    slopes = _normalized(plus - minus)
     return tuple(map(_direction, [seed] * len(signs), signs, plus, minus, slopes)), scores
+
+
+def _normalized(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divided by their standard deviation, (n,); 0 where that is, and so no unit, 0."""
+    deviation = differences.std()
+    return differences / deviation if deviation > _TINY else np.zeros_like(differences)
 
 
 def _direction(seed: int, signs: int, plus: float, minus: float, slope: float) -> Direction:
     return Direction(seed, signs, float(plus), float(minus), float(slope))
 
 
-def is_finite(directions: Sequence[Direction]) -> bool:
-    """Whether every loss of a step is a number."""
-    return all(np.isfinite([d.loss_plus, d.loss_minus, d.projected_grad]).all() for d in directions)
+def trouble(directions: Sequence[Direction], scores: Scores) -> str | None:
+    """What is wrong with a step's losses, in words; None where nothing is.
+
+    llama.cpp rounds activations that are NaN to codes of 0 in products with quantized weights, so
+    a model that has diverged may have finite losses: the same ones whatever the weights.
+    """
+    numbers = [(d.loss_plus, d.loss_minus, d.projected_grad) for d in directions]
+    if not np.isfinite(numbers).all():
+        return "The loss is not finite"
+    losses = scores.losses
+    if len(losses) > 1 and losses.any() and (losses == losses[0]).all():
+        return "No probe changes the loss of any row"
+    return None
 
 
 def unit_size(engine: Engine, draw: Draw, config: TuneConfig) -> float:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from zo_gguf.amx import require_working_amx
 from zo_gguf.batch import DecodeBatch
 from zo_gguf.errors import ZoError
+from zo_gguf.interrupt import deferred
 from zo_gguf.native import Library
 
 _ERROR = 4  # ggml_log_level
@@ -40,7 +41,7 @@ def native_library() -> Library:
 
 @contextmanager
 def quiet_engine() -> Iterator[list[str]]:
-    """Keep llama.cpp's log off the terminal; yields its errors."""
+    """Keep llama.cpp's log off the terminal, and Ctrl-C until it is done; yields its errors."""
     messages: list[str] = []
 
     def collect(level: int, text: bytes, _: Any) -> None:
@@ -49,11 +50,12 @@ def quiet_engine() -> Iterator[list[str]]:
             messages.append(line.partition(": ")[2] or line)  # without the function's name
 
     callback = llama_cpp.llama_log_callback(collect)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield messages
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+    with deferred():
+        llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+        try:
+            yield messages
+        finally:
+            llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
 def load_model(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+import numpy as np
+
 _BLOCK = 1 << 17  # entries whose arrays stay in a core's cache
 
 
@@ -12,13 +14,20 @@ def in_blocks(n: int, work: Callable[[slice], None]) -> None:
 
     Args:
         n: Length of the vectors.
-        work: May run in any thread and order, so it must touch its slice alone.
+        work: May run in any thread and order, so it must touch its slice alone. numpy's settings
+            for floating-point errors are the caller's there too.
     """
     parts = [slice(first, min(n, first + _BLOCK)) for first in range(0, n, _BLOCK)]
     if len(parts) == 1:
         work(parts[0])
         return
-    list(_threads().map(work, parts))
+    settings = np.geterr()  # of this thread
+
+    def with_settings(part: slice) -> None:
+        with np.errstate(**settings):
+            work(part)
+
+    list(_threads().map(with_settings, parts))
 
 
 @cache

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from zo_gguf.errors import ZoError
 from zo_gguf.files import require_file
+from zo_gguf.interrupt import deferred
 
 _LOG_LEVEL_ERROR = 4  # as in ggml.h
 _LOG_LEVEL_CONTINUE = 5
@@ -76,7 +77,7 @@ def quantize(
     # llama.cpp opens its output by name, so atomic_write's file object is of no use here.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         temporary = Path(folder) / target.name
-        with _log_lines(quant) as lines:
+        with deferred(), _log_lines(quant) as lines:
             status = llama_cpp.llama_model_quantize(
                 os.fsencode(source), os.fsencode(temporary), ctypes.byref(params)
             )

@@ -7,6 +7,7 @@ write, so a killed run leaves at most a short last record, which is dropped; any
 not check is an error.
 """
 
+import errno
 import json
 import os
 import struct
@@ -25,6 +26,7 @@ _STEP = struct.Struct("<Qd")
 _DIRECTION = struct.Struct("<QQddd")
 _CRC = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
+MAX_DIRECTIONS = 1 << 16  # of a step; the same number of features
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,11 @@ class Trajectory:
                 yield record
 
     def append(self, record: Record) -> None:
-        """Add a record; it is in the file, whole, when this returns."""
+        """Add a record; it is in the file, whole, when this returns.
+
+        Raises:
+            OSError: The disk is full.
+        """
         if self._file is None:
             size = record_size(self.header)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
@@ -130,8 +136,17 @@ class Trajectory:
         assert record.step == self.n_records + 1
         assert len(record.directions) == self.header["directions"]
         assert len(record.features) == self.header.get("features", 0)
-        self._file.write(_pack(record))
+        data = _pack(record)
+        if self._file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.n_records += 1
+
+    def drop_last(self) -> None:
+        """Take back the record that was appended last."""
+        assert self._file is not None
+        self.n_records -= 1
+        self._file.truncate(self._start + self.n_records * record_size(self.header))
+        self._file.seek(0, os.SEEK_END)
 
     def sync(self) -> None:
         """Force the records onto the disk, which a checkpoint that builds on them needs."""
@@ -164,7 +179,7 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
         raise damaged
     for name, least in (("directions", 1), ("features", 0)):
         n = header.get(name, 0)
-        if type(n) is not int or not least <= n <= 1 << 16:
+        if type(n) is not int or not least <= n <= MAX_DIRECTIONS:
             raise damaged
     return header
 

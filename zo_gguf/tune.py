@@ -19,7 +19,7 @@ from zo_gguf.delta import Delta
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
-from zo_gguf.estimator import estimate, is_finite, unit_size
+from zo_gguf.estimator import estimate, trouble, unit_size
 from zo_gguf.evaluate import EvalResult, measure
 from zo_gguf.files import locked, require_file
 from zo_gguf.interrupt import Interrupt
@@ -36,6 +36,9 @@ from zo_gguf.tune_config import parse_units
 from zo_gguf.width import choose_width, in_words
 
 MEASURED_ROWS = 16  # for eps
+_START_AGAIN = (
+    "Start again with a lower --learning-rate or another --eps. The best checkpoint is kept."
+)
 
 
 @dataclass
@@ -222,15 +225,12 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 break
             if interrupt.requested:
                 _save(session)
-                interrupt.leave(run)
+                interrupt.leave(run.path)
             rows = session.draw(state.step)
             directions, scores = estimate(engine, rows, config, state.step, session.adjustment)
-            if not is_finite(directions):
+            if problem := trouble(directions, scores):
                 _save(session)
-                raise ZoError(
-                    f"The loss is not finite at step {state.step + 1}; start again with a lower "
-                    "--learning-rate or --eps. The best checkpoint is kept."
-                )
+                raise ZoError(f"{problem} at step {state.step + 1}. {_START_AGAIN}")
             directions = session.clip(directions)
             session.clip.remember(directions)
             features = tuple(session.adjustment.features(scores.residuals).mean(axis=0).tolist())
@@ -238,7 +238,11 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
             rate = learning_rate(config, state.step)
             record = Record(state.step + 1, rate, directions, features)
             session.trajectory.append(record)
-            state.apply(record, session.trainable)
+            try:
+                state.apply(record, session.trainable)
+            except ZoError as error:
+                session.trajectory.drop_last()  # so that the steps before it can be replayed
+                raise ZoError(f"Step {record.step} failed: {error} {_START_AGAIN}") from error
             progress.stepped(record, scores, run)
             if state.step % config.save_every == 0:
                 _save(session)
