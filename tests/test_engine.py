@@ -12,6 +12,7 @@ import reference
 
 from tests.tiny_gguf import write_llama
 from zo_gguf.attach import attach, detach
+from zo_gguf.dataset import Example
 from zo_gguf.delta import Delta
 from zo_gguf.engine import Engine, Probe
 from zo_gguf.errors import ZoError
@@ -141,6 +142,15 @@ def test_theta_round_trip_and_noise(tiny_export: SimpleNamespace) -> None:
             engine.set_theta(theta)
 
 
+def test_a_probe_that_breaks_leaves_nothing_behind(tiny_export: SimpleNamespace) -> None:
+    """llama.cpp multiplies masked cells of its cache by 0, which NaN survives (from 64 tokens)."""
+    short, long = (Example([*range(300, 300 + n)], [k > 0 for k in range(n)]) for n in (100, 120))
+    with Engine(tiny_export.model("F16"), mask=tiny_export.mask("F16"), n_threads=1) as engine:
+        before = engine.losses([short])
+        assert np.isnan(engine.losses([long], [Probe(1, 1e4)])).all()
+        np.testing.assert_array_equal(engine.losses([short]), before)
+
+
 def test_a_weight_that_never_multiplies_is_named(
     tiny_export: SimpleNamespace, rows: Callable
 ) -> None:
@@ -201,6 +211,12 @@ def test_attach_answers_like_the_engine(tiny_export: SimpleNamespace, rows: Call
     assert np.abs(np.array(plain) - tuned).max() > 0.05
     text = llama.create_completion("The", max_tokens=4, temperature=0)["choices"][0]["text"]
     assert isinstance(text, str)
+    with pytest.raises(ZoError, match="check the path"):
+        attach(llama, "none.safetensors")
+    again = [stock_loss(llama, e) for e in examples]
+    assert again == attached  # a mistake leaves what was there
+    attach(llama, delta.with_theta(2 * theta, {}))
+    assert np.abs(np.array([stock_loss(llama, e) for e in examples]) - again).max() > 0.05
     detach(llama)
     assert np.array_equal([stock_loss(llama, e) for e in examples], plain)
     llama.close()

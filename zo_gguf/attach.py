@@ -46,9 +46,9 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
         The same object.
 
     Raises:
-        ZoError: The delta belongs to another GGUF, or its weights cannot be hooked.
+        ZoError: The delta belongs to another GGUF, or its weights cannot be hooked; what was
+            attached before stays.
     """
-    detach(llama)
     choose_cuda_graphs()
     delta = delta if isinstance(delta, Delta) else Delta.load(delta)
     gguf = GgufFile(llama.model_path)
@@ -62,17 +62,17 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
     parameters = Parameters(native_library(), delta, gguf, n_threads)
     parameters.prepare([AT_THETA])
     attachment = _Attachment(parameters, parameters.hook(n_threads))
-    params = llama.context_params
-    params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(attachment.hook.callback)
-    params.cb_eval_user_data = attachment.hook.handle
+    previous = getattr(llama, _ATTRIBUTE, None)
     try:
-        _replace_context(llama)
+        _hook(llama, attachment)
         _check(llama, attachment.hook)
     except BaseException:
-        _unhook(llama)
+        _hook(llama, previous)
         attachment.free()
         raise
     setattr(llama, _ATTRIBUTE, attachment)
+    if previous is not None:
+        previous.free()
     return llama
 
 
@@ -80,15 +80,18 @@ def detach(llama: Any) -> Any:
     """Undo `attach`; does nothing where nothing is attached. Returns the same object."""
     attachment = getattr(llama, _ATTRIBUTE, None)
     if attachment is not None:
-        _unhook(llama)
+        _hook(llama, None)
         delattr(llama, _ATTRIBUTE)
         attachment.free()
     return llama
 
 
-def _unhook(llama: Any) -> None:
-    llama.context_params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(0)
-    llama.context_params.cb_eval_user_data = None
+def _hook(llama: Any, attachment: _Attachment | None) -> None:
+    """A new context with this hook, or with none."""
+    hook = attachment.hook if attachment else None
+    callback = llama_cpp.ggml_backend_sched_eval_callback(hook.callback if hook else 0)
+    llama.context_params.cb_eval = callback
+    llama.context_params.cb_eval_user_data = hook.handle if hook else None
     _replace_context(llama)
 
 

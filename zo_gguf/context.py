@@ -50,6 +50,7 @@ class Context:
         self._context: Any = None
         self._limits = (0, 0, 0)  # KV cells, sequences, outputs
         self._settled = True
+        self.is_clean = True  # no NaN of the last decode is left in the cache
 
     def make_room(self, batch: DecodeBatch) -> None:
         """Have a context that holds the batch; sizes only grow, so this settles quickly.
@@ -111,7 +112,9 @@ class Context:
 
     def decode(self, batch: DecodeBatch) -> int:
         """llama_decode after `make_room`, with nothing in the cache before; returns its status."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+        # A masked cell counts 0 times what is left in it, and so is NaN where that is.
+        memory, erase = llama_cpp.llama_get_memory(self._context), not self.is_clean
+        llama_cpp.llama_memory_clear(memory, erase)
         # With an adapter, llama.cpp reserves its buffers, and talks of it, in the first decode.
         silence = nullcontext() if self._settled else quiet_engine()
         self._settled = True

@@ -246,20 +246,17 @@ class Engine(Vocabulary):
             branches = self._parameters.prepare(branches)
         self._context.make_room(batch)
         if self._hook is not None:
-            self._hook.begin(
-                branches,
-                batch.token_branch,
-                batch.output_branch,
-                batch.target_output,
-                batch.target_token,
-            )
+            targets = batch.target_output, batch.target_token
+            self._hook.begin(branches, batch.token_branch, batch.output_branch, *targets)
         status = self._context.decode(batch)
         # The hook's error explains more than the status.
-        losses = None if self._hook is None else self._hook.end(batch.target_token.size)
+        nll = None if self._hook is None else self._hook.end(batch.target_token.size)
         if status != 0:
             n = batch.tokens.size
             raise ZoError(f"llama_decode failed ({status}) on {n} tokens; lower --ctx-tokens.")
-        return self._context.losses(batch, self._library) if losses is None else losses
+        nll = self._context.losses(batch, self._library) if nll is None else nll
+        self._context.is_clean = bool(np.isfinite(nll).all())
+        return nll
 
     def _locate(self) -> None:
         """Run one token, so that it is known where the tensors lie that are rewritten."""
