@@ -243,6 +243,12 @@ def test_refusals(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ZoError, match="exists"):
         merge(config(made, taken))
     assert taken.read_text() == "precious"
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes(made[1].read_bytes())
+    with pytest.raises(ZoError, match="is an input"):
+        merge(config((base, lone, made[2]), lone, overwrite=True))
+    with pytest.raises(ZoError, match=r"cannot be written .*choose another -o"):
+        merge(config(made, taken / "x.gguf"))
     with pytest.raises(ZoError, match="is a folder"):
         merge(config(made, tmp_path))
     with pytest.raises(ZoError, match="give it with -m"):

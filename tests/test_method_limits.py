@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from tiny_gguf import write_llama
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.coordinates import is_idle
+from zo_gguf.coordinates import is_idle, matching_matrices
 from zo_gguf.edits import Live
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
@@ -58,6 +58,39 @@ def test_smallest_weights_are_drawn_from_all_rows(kind: Type, tmp_path: Path) ->
     assert all(np.array_equal(delta.tensors[name], again.tensors[name]) for name in delta.tensors)
 
 
+def pruned(folder: Path, zeros: slice | None) -> TuneConfig:
+    """`magnitude` on F16 with these rows of the first matrix 0, or everything (None)."""
+    given = config(folder, "magnitude", Type.F16)
+    base = GgufFile(given.model)
+    data = bytearray(Path(given.model).read_bytes())
+    for name in matching_matrices(base, None):
+        first, raw = base.tensors[name].offset, base.raw(name)
+        if zeros is None or name == "blk.0.attn_q.weight":
+            rows = raw[zeros or slice(None)]
+            data[first : first + rows.nbytes] = bytes(rows.nbytes)
+    Path(given.model).write_bytes(data)
+    return given
+
+
+def test_zeros_of_a_pruned_matrix_do_not_count(tmp_path: Path) -> None:
+    whole = start(config(tmp_path, "magnitude", Type.F16), GgufFile(tmp_path / "F16.gguf")).live
+    given = pruned(tmp_path, slice(0, 128))
+    limits = {name: edit.limit for name, edit in Trainable(given).start.live.items()}
+    name = "blk.0.attn_q.weight"
+    assert limits[name] == pytest.approx(whole.pop(name).limit, rel=0.05)
+    assert all(limits[other] == edit.limit for other, edit in whole.items())
+    assert Trainable(given).farthest > 0
+
+
+def test_matrices_of_zeros_are_left_out(tmp_path: Path) -> None:
+    given = pruned(tmp_path, slice(0, 256))
+    live = Trainable(given).start.live
+    assert len(live) == len(matching_matrices(GgufFile(given.model), None)) - 1
+    assert "blk.0.attn_q.weight" not in live
+    with pytest.raises(ZoError, match="all zero"):
+        Trainable(pruned(tmp_path, None))
+
+
 def test_masters_of_scales_stop_where_their_scales_do(tmp_path: Path) -> None:
     trainable = Trainable(config(tmp_path, "block-scale"))
     state = first_state(trainable, "sgd")
@@ -91,6 +124,21 @@ def test_adam_begins_anew_with_every_subspace(tmp_path: Path) -> None:
     windows = state.theta.reshape(-1, 3, 16)  # every window took steps of the same size
     sizes = np.sqrt((windows**2).mean(axis=(0, 2)))
     np.testing.assert_allclose(sizes, sizes[0], rtol=0.05)
+
+
+def test_a_new_subspace_leaves_the_moments_of_others(tmp_path: Path) -> None:
+    both = Trainable(config(tmp_path, "norm+subspace", rank=4, refresh=2, iters=6))
+    alone = Trainable(config(tmp_path, "norm"))
+    together, apart = first_state(both, "adam"), first_state(alone, "adam")
+    n = apart.theta.size
+    for step in range(1, 7):
+        for state, trainable in ((together, both), (apart, alone)):
+            state.apply(record(step, 1.0, 1e-3), trainable)
+        np.testing.assert_array_equal(together.theta[:n], apart.theta)
+        for name, value in apart.optimizer.state.items():
+            np.testing.assert_array_equal(together.optimizer.state[f"first.{name}"], value)
+        t = math.log(together.optimizer.state["second.decay"][0], Adam.beta1)
+        assert round(t) == 2 - step % 2
 
 
 def test_default_rates_keep_weights_below_their_threshold(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run's folder says of its files, and that it notices when they change."""
 
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import json
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 
 from zo_gguf.cli import main
-from zo_gguf.config import InfoConfig, MergeConfig, TuneConfig
+from zo_gguf.config import InfoConfig, MergeConfig, ReplayConfig, TuneConfig
 from zo_gguf.delta import Delta
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.info import info
 from zo_gguf.merge import merge
 from zo_gguf.methods import METHODS, start
+from zo_gguf.replay import replay
 from zo_gguf.run import Run
 from zo_gguf.trajectory import Trajectory
 from zo_gguf.tune import resume, tune
@@ -78,7 +80,55 @@ def test_hashes_are_those_of_the_files_that_made_the_run(
 ) -> None:
     hashes = json.loads((finished / "env.json").read_text())["sha256"]
     files = [tiny_export.model("Q4_0"), task_dir / "train.jsonl", task_dir / "valid.jsonl"]
-    assert set(hashes) == {str(file) for file in files}
+    expected = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert hashes == expected
+
+
+def test_its_files_are_not_written_over(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name in ("trajectory.bin", "config.yaml", "checkpoints/best.safetensors"):
+        with pytest.raises(ZoError, match="is an input"):
+            replay(ReplayConfig(run=str(run), output=str(run / name), overwrite=True))
+        for source in (run, run / "delta.safetensors"):
+            with pytest.raises(ZoError, match="is an input"):
+                merge(MergeConfig(run=str(source), output=str(run / name), overwrite=True))
+    with pytest.raises(ZoError, match="is an input"):
+        merge(MergeConfig(run=str(run), output=str(run / "delta.safetensors"), overwrite=True))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    delta = run / "delta.safetensors"
+    delta.unlink()
+    replay(ReplayConfig(run=str(run), output=str(delta)))
+    replay(ReplayConfig(run=str(run), output=str(delta), overwrite=True))
+    np.testing.assert_array_equal(Delta.load(run).theta, Delta.load(finished).theta)
+
+
+def test_other_bases_of_subspaces_are_noticed(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    tune(TuneConfig(**options(tiny_export, task_dir, run, method="subspace", refresh=2)))
+    assert replay(ReplayConfig(run=str(run))).identical
+    delta, file = Delta.load(run), run / "delta.safetensors"
+    name, product = next(iter(delta.low_rank.items()))
+    other = dataclasses.replace(product, left=np.nextafter(product.left, np.float32(9)))
+    dataclasses.replace(delta, low_rank=delta.low_rank | {name: other}).save(file)
+    assert replay(ReplayConfig(run=str(run))).identical is False
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("factors: orthogonal", "factors: gaussian"))
+    for again in (lambda: replay(ReplayConfig(run=str(run))), lambda: resume(run)):
+        with pytest.raises(ZoError, match="bases_sha256"):
+            again()
+
+
+def test_best_is_taken_where_nothing_else_is_left(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    best = Delta.load(run / "checkpoints" / "best.safetensors")
+    for name in ("delta", "checkpoints/latest"):
+        (run / f"{name}.safetensors").unlink()
+    np.testing.assert_array_equal(Delta.load(run).theta, best.theta)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "sensitive+norm", "block-scale+lora"])
@@ -223,3 +273,11 @@ def test_patience_stops_early(
     result = tune(TuneConfig(**options(tiny_export, task_dir, run, iters=20, patience=2)))
     assert (result.best_step, result.steps) == (0, 4)
     assert resume(run).steps == 4
+
+
+def test_weights_beyond_what_products_can_hold(
+    tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
+) -> None:
+    given = options(tiny_export, task_dir, tmp_path / "r", method="sensitive", learning_rate=1e30)
+    with pytest.raises(ZoError, match="No probe changes the loss of any row at step 2"):
+        tune(TuneConfig(**given))

@@ -275,7 +275,8 @@ def _masters(name: str, edit: Edit, edits: Edits) -> str:
 def _find(path: Path) -> Path:
     if not path.is_dir():
         return path
-    for candidate in (path / "delta.safetensors", path / "checkpoints" / "latest.safetensors"):
+    for name in ("delta", "checkpoints/latest", "checkpoints/best"):
+        candidate = path / f"{name}.safetensors"
         if candidate.is_file():
             return candidate
     raise ZoError(

@@ -8,6 +8,7 @@ every value and leaves out empty ones.
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,13 @@ def key_record(key: str, value: Value) -> bytes:
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool, inputs: Iterable[Path]) -> Path:
-    """Refuse to write over an input, or over any file unless told to.
+    """Refuse to write over an input, over any file unless told to, or where nothing can be written.
+
+    Makes the folder.
 
     Raises:
-        ZoError: `path` is one of `inputs`, is a folder, or exists without `overwrite`.
+        ZoError: `path` is one of `inputs`, is a folder, exists without `overwrite`, or its folder
+            cannot be written to.
     """
     path = Path(path)
     if path.is_dir():
@@ -86,6 +90,12 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool, inputs: Itera
             raise ZoError(f"The output {str(path)!r} is an input; choose another name.")
         if not overwrite:
             raise ZoError(f"The output {str(path)!r} exists; use --overwrite or another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ZoError(f"{str(path)!r} cannot be written ({reason}); choose another -o.") from error
     return path
 
 

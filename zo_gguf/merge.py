@@ -26,7 +26,7 @@ from zo_gguf.merge_data import Baseline, find_source, measure_baseline, open_bas
 from zo_gguf.merge_edits import write_edited
 from zo_gguf.merge_patches import ROUNDINGS, can_round, patch_bytes, plain_patches, rounded_patches
 from zo_gguf.merge_plan import Plan, kept_tensors, missing_growth, plans, write_plan
-from zo_gguf.merge_result import Candidate, MergeResult, retention
+from zo_gguf.merge_result import MIN_GAIN, Candidate, MergeResult, retention
 from zo_gguf.requantize import Patch
 from zo_gguf.stock import measure_stock
 
@@ -69,7 +69,8 @@ def merge(config: MergeConfig) -> MergeResult:
     delta = Delta.load(config.run)
     source = find_source(Path(config.run))
     base = open_base(config, source.run, delta)
-    output = check_output(config.output, overwrite=config.overwrite, inputs=[base.path])
+    inputs = [base.path, *source.files]
+    output = check_output(config.output, overwrite=config.overwrite, inputs=inputs)
     if config.lora:
         check_lora(base, delta, config.rank)
     measured = measure_baseline(config, source.run, base, delta)
@@ -85,8 +86,8 @@ def merge(config: MergeConfig) -> MergeResult:
         result = result.with_notes([measured])
     elif result.retention is None:
         note = (
-            "The tuned weights are not better than the base on these rows, so there is no gain of "
-            "which a share could be kept."
+            f"The tuned weights are not better than the base by {MIN_GAIN:g} on these rows, so there "
+            "is no gain of which a share could be kept."
         )
         result = result.with_notes([note])
     with atomic_write(output.with_name(output.name + ".merge.json")) as file:

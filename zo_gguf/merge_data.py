@@ -16,6 +16,7 @@ from zo_gguf.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.evaluate import counted_tokens, summarize
 from zo_gguf.gguf_file import GgufFile
+from zo_gguf.run import run_files
 from zo_gguf.stock import Measured, measure_stock
 
 _CTX_TOKENS = 2048
@@ -46,10 +47,12 @@ class Source:
     Attributes:
         name: Of the run folder, or of a lone file.
         run: The run's resolved settings, None for a lone file.
+        files: What must not be written over: the delta, and the other files of its run.
     """
 
     name: str
     run: TuneConfig | None
+    files: Sequence[Path]
 
 
 def find_source(path: Path) -> Source:
@@ -57,8 +60,9 @@ def find_source(path: Path) -> Source:
     path = path.resolve()
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
-            return Source(folder.name, load_config(TuneConfig, folder / "config.yaml"))
-    return Source(path.stem, None)
+            run = load_config(TuneConfig, folder / "config.yaml")
+            return Source(folder.name, run, [path, *run_files(folder, run)])
+    return Source(path.stem, None, [path])
 
 
 def open_base(config: MergeConfig, run: TuneConfig | None, delta: Delta) -> GgufFile:

@@ -14,7 +14,7 @@ from zo_gguf.handover import paste_lines
 from zo_gguf.lora import LoraSummary
 from zo_gguf.stock import Measured
 
-_MIN_GAIN = 1e-3  # nats; below it a share of the gain says nothing
+MIN_GAIN = 1e-3  # nats; below it a share of the gain says nothing
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ def retention(base: Measured, tuned: Measured, merged: Measured) -> Retention | 
     """(loss_base - loss_merged) / (loss_base - loss_tuned), on the same rows.
 
     Returns:
-        None where tuning did not lower the loss.
+        None where tuning did not lower the loss by MIN_GAIN.
     """
     wanted, got = base.losses - tuned.losses, base.losses - merged.losses  # (n,)
     gain = float(wanted.mean())
-    if gain < _MIN_GAIN:
+    if gain < MIN_GAIN:
         return None
     value = float(got.mean()) / gain
     spread = got - value * wanted  # paired: rows that are hard for all three cancel

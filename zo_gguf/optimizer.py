@@ -138,6 +138,27 @@ class Adam(_Moments):
         in_blocks(theta.size, update)
 
 
+class Apart:
+    """Two optimizers of one kind for two parts of theta, of which the second can be reset alone."""
+
+    def __init__(self, kind: Callable[[int], Optimizer], n_first: int, nnz: int) -> None:
+        self._parts = slice(0, n_first), slice(n_first, nnz)
+        self._optimizers = kind(n_first), kind(nnz - n_first)
+        named = zip(("first", "second"), self._optimizers, strict=True)
+        self.state: dict[str, NDArray[np.floating]] = {
+            f"{name}.{key}": value for name, own in named for key, value in own.state.items()
+        }
+
+    def update(self, theta: Vector, gradient: Vector, lr: float) -> None:
+        """Change theta, (nnz,), in place."""
+        for part, own in zip(self._parts, self._optimizers, strict=True):
+            own.update(theta[part], gradient[part], lr)
+
+    def reset(self) -> None:
+        """Forget all gradients of the second part."""
+        self._optimizers[1].reset()
+
+
 OPTIMIZERS: dict[str, Callable[[int], Optimizer]] = {
     "adam": Adam,
     "momentum": Momentum,
@@ -150,6 +171,17 @@ def check_optimizer(name: str) -> None:
     if name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise ZoError(f"There is no optimizer {name!r}{nearest(name, OPTIMIZERS)} Known: {known}.")
+
+
+def make_optimizer(name: str, nnz: int, n_lasting: int) -> Optimizer:
+    """A new optimizer for theta, (nnz,); a reset spares the first `n_lasting` unless that is all.
+
+    Raises:
+        ZoError: There is no optimizer called `name`.
+    """
+    check_optimizer(name)
+    kind = OPTIMIZERS[name]
+    return Apart(kind, n_lasting, nnz) if 0 < n_lasting < nnz else kind(nnz)
 
 
 def default_learning_rate(

@@ -18,7 +18,7 @@ from zo_gguf.gguf_file import GgufFile
 from zo_gguf.handles import NORMAL, Gain, Hook, InPlace, LowRank, Store
 from zo_gguf.native import Library
 from zo_gguf.parallel import in_blocks
-from zo_gguf.scales import field_of
+from zo_gguf.scales import field_of, scale_resolution
 
 Vector = NDArray[np.float32]
 BranchOf = tuple[int, int, float]
@@ -111,6 +111,11 @@ class Parameters:
         return self._units.get(kind, 1.0)
 
     @property
+    def live_unit(self) -> float:
+        """The length of a unit step of all edits in place."""
+        return self.unit(self._live_kind)
+
+    @property
     def size(self) -> int:
         """Number of masters."""
         return int(self._theta.size)
@@ -137,7 +142,8 @@ class Parameters:
         if not live:
             return 0.0
         if any(edit.kind == "scale" and edit.relative for edit in live.values()):
-            return 2.0**-11  # f16 has 11 significant bits
+            own = [scale_resolution(self._gguf, n) for n in live if live[n].kind == "scale"]
+            return float(np.median(own))
         relative = {Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.F32: 2.0**-24}
         return max(
             float(np.abs(self._theta[self._slices[name]]).mean())
@@ -172,7 +178,7 @@ class Parameters:
         finite: list[bool] = []
         in_blocks(theta.size, lambda part: finite.append(bool(np.isfinite(theta[part]).all())))
         if not all(finite):
-            raise ZoError("theta has NaN or infinite values; lower --learning-rate or --eps.")
+            raise ZoError("theta would have NaN or infinite values.")
         self._theta[:] = theta
         self.step = self.step if step is None else step
         if self._store is not None:
@@ -239,7 +245,7 @@ class Parameters:
         """
         if self._in_place is not None:
             (probe,) = probes
-            self._in_place.apply(probe[0], probe[2] * self.unit(self._live_kind))
+            self._in_place.apply(probe[0], probe[2] * self.live_unit)
         self.prepare_beside(probes)
         unit = self.unit(SPARSE)
         return [(seed, signs, scale * unit) for seed, signs, scale in probes]

@@ -2,17 +2,17 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from zo_gguf.config import ReplayConfig
 from zo_gguf.delta import Delta
+from zo_gguf.edits import fixed_arrays
 from zo_gguf.errors import ZoError
-from zo_gguf.run import Run, first_state, open_trajectory, require_run
+from zo_gguf.gguf_write import check_output
+from zo_gguf.run import Run, first_state, open_trajectory, require_run, run_files
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Trajectory
 from zo_gguf.tune_config import parse_units
@@ -55,8 +55,9 @@ def replay(config: ReplayConfig) -> ReplayResult:
         ZoError: The run's files are missing or damaged, or the step lies beyond the trajectory.
     """
     run = require_run(config.run)
-    if config.output and os.path.exists(config.output) and not config.overwrite:
-        raise ZoError(f"{config.output!r} exists; give another -o or --overwrite.")
+    if config.output:
+        inputs = [path for path in run_files(run.path, run.config) if path.name != _DELTA]
+        check_output(config.output, overwrite=config.overwrite, inputs=inputs)
     trainable = Trainable(run.config)
     trajectory = open_trajectory(run, trainable)
     known, step = _known(run), config.step
@@ -76,11 +77,21 @@ def replay(config: ReplayConfig) -> ReplayResult:
     delta = trainable.to_delta(state.theta, {"step": step, "replayed": True})
     identical = None
     if known is not None and known.header.provenance["step"] == step:
-        identical = bool(np.array_equal(known.theta.view(np.uint32), state.theta.view(np.uint32)))
+        identical = _same_bits(known, delta)
         delta = trainable.to_delta(state.theta, known.header.provenance)
     if config.output:
         delta.save(Path(config.output))
     return ReplayResult(delta, step, identical, config.output)
+
+
+def _same_bits(known: Delta, made: Delta) -> bool:
+    """Whether masters and, where there are any, bases of subspaces are the same."""
+    arrays, others = (
+        {"theta": delta.theta, **fixed_arrays(delta.low_rank)} for delta in (known, made)
+    )
+    return arrays.keys() == others.keys() and all(
+        array.tobytes() == others[name].tobytes() for name, array in arrays.items()
+    )
 
 
 def _known(run: Run) -> Delta | None:

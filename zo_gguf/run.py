@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from zo_gguf.config import TuneConfig, load_config, save_config
+from zo_gguf.edits import fixed_arrays
 from zo_gguf.errors import ZoError
 from zo_gguf.files import atomic_write, require_file
-from zo_gguf.optimizer import OPTIMIZERS, Optimizer, check_optimizer, gradient_estimate
+from zo_gguf.optimizer import Optimizer, gradient_estimate, make_optimizer
 from zo_gguf.sparse_file import digest
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Record, Trajectory
@@ -74,9 +75,8 @@ def first_state(trainable: Trainable, optimizer: str) -> State:
     Raises:
         ZoError: There is no such optimizer.
     """
-    check_optimizer(optimizer)
     theta = trainable.theta0()
-    return State(0, theta, OPTIMIZERS[optimizer](theta.size))
+    return State(0, theta, make_optimizer(optimizer, theta.size, trainable.n_lasting))
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Run:
         """
         cls.check_folder(config)
         path = Path(config.output)
-        for name in _OWN_FILES:
+        for name in OWN_FILES:
             (path / name).unlink(missing_ok=True)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         run = cls(path, config)
@@ -229,7 +229,7 @@ class Run:
         return state
 
 
-_OWN_FILES = (
+OWN_FILES = (
     "config.yaml",
     "env.json",
     "trajectory.bin",
@@ -238,9 +238,7 @@ _OWN_FILES = (
     "delta.safetensors",
     "loss.png",
     "summary.json",
-    "checkpoints/state.safetensors",
-    "checkpoints/latest.safetensors",
-    "checkpoints/best.safetensors",
+    *(f"checkpoints/{name}.safetensors" for name in ("state", "latest", "best")),
 )
 
 
@@ -256,21 +254,18 @@ def open_trajectory(
     Raises:
         ZoError: It is damaged, or belongs to another base, mask, data or optimizer.
     """
-    header = {
-        "directions": run.config.directions,
-        "estimator": run.config.estimator,
-        "optimizer": run.config.optimizer,
-        "method": run.config.method,
-        "seed": run.config.seed,
+    options = ("directions", "estimator", "optimizer", "method", "seed")
+    header = {name: getattr(run.config, name) for name in options} | {
         "base_sha256": trainable.base_sha256,
         "nnz": int(trainable.theta0().size),
         "theta0_sha256": digest(trainable.theta0()),
+        "bases_sha256": digest(*fixed_arrays(trainable.start.low_rank).values()),
         **(of_rows or {}),
     }
     if not run.trajectory_path.exists():
         return Trajectory.create(run.trajectory_path, header)
     trajectory = Trajectory.load(run.trajectory_path)
-    recorded = dict(of_rows or {}) | trajectory.header  # older ones may say less of the rows
+    recorded = header | trajectory.header  # older ones may say less
     for name, value in header.items():
         if recorded.get(name) != value:
             raise ZoError(
@@ -284,6 +279,12 @@ def _arrays(state: State) -> dict[str, NDArray[np.floating]]:
     return {"theta": state.theta} | {
         f"optimizer.{name}": value for name, value in state.optimizer.state.items()
     }
+
+
+def run_files(folder: Path, config: TuneConfig) -> list[Path]:
+    """The files of a run that are there, and those it was made from."""
+    own = [folder / name for name in OWN_FILES]
+    return [path for path in (*own, Path(config.model), Path(config.mask)) if path.is_file()]
 
 
 def require_run(path: str | os.PathLike[str]) -> Run:

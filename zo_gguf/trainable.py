@@ -74,7 +74,13 @@ class Trainable:
     def farthest(self) -> float:
         """How far weights may move before most outgrow a method's threshold of magnitude."""
         limits = [edit.limit for edit in self.start.live.values()]
-        return min(limits, default=math.inf) / 2 / self._parameters.unit("weight")
+        return min(limits, default=math.inf) / 2 / self._parameters.live_unit
+
+    @property
+    def n_lasting(self) -> int:
+        """Masters, from the first one on, that mean the same in the whole run: no subspace's."""
+        renewed = [edit.size for edit in self.start.low_rank.values() if edit.refresh > 0]
+        return int(self.start.theta.size) - sum(renewed)
 
     def begins_anew(self, step: int) -> bool:
         """Whether the step after `step` steps trains other subspaces than the one before."""
