@@ -131,6 +131,12 @@ def test_resume_needs_and_takes_no_other_option(called: list[tuple[str, Any]], c
         ([*TUNE, "--iter", "5"], "unknown argument '--iter'"),  # no abbreviations
         ([*TUNE, "--iters"], "argument --iters: expected one argument"),
         ([*TUNE, "--iters", "0"], "iters must be at least 1, not 0"),
+        ([*TUNE, "--iters", "1e308"], "iters must be less than 1000000000"),
+        ([*TUNE, "--threads", "513"], "threads must be less than 513"),
+        ([*TUNE, "--ctx-size", "1e12"], "ctx_tokens must be less than 1048577"),
+        ([*TUNE, "--directions", "65537"], "directions must be less than 65537"),
+        ([*TUNE, "--examples-per-step", "65537"], "examples_per_step must be less than 65537"),
+        ([*TUNE, "--eps", "1e6"], "eps must be less than 1000000.0"),
         ([*TUNE, "--eps", "small"], "eps must be a number or 'auto', not 'small'"),
         (["tnue"], "invalid choice: 'tnue'"),
         (["data"], "VERB"),

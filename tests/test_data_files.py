@@ -58,6 +58,14 @@ def test_bad_csv(tmp_path: Path, content: str, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
+def test_long_cells_and_the_line_of_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(f"text\n{'a ' * 100_000}\n")
+    assert len(load_examples(tmp_path / "d.csv", FakeEngine())) == 1
+    (tmp_path / "d.json").write_text('[{"text": "a"},\n {"text": b}]')
+    with pytest.raises(ZoError, match=r"d\.json: .*Expecting value at line 2, column 11"):
+        load_examples(tmp_path / "d.json", FakeEngine())
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [

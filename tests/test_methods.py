@@ -267,7 +267,7 @@ REFUSALS = [
     ("dense", "Q4_0", {"train": "attn_q"}, "'blk.0.attn_q.weight' is quantized to Q4_0"),
     ("norm", "Q4_0", {"train": "attn_q"}, "no norm weights"),
     ("subspace", "Q4_0", {"rank": 32, "refresh": 2}, "20 subspaces of rank 32 need rank 640"),
-    ("subspace", "Q4_0", {"rank": 129}, "--rank 129 is more than the smallest matrix has, 128"),
+    *((name, "Q4_0", {"rank": 129}, "--rank 129 is more.*128") for name in ("lora", "subspace")),
     *((name, "F16", {}, "train the same weights twice") for name in TWICE),
     ("sensitive+magnitude", "Q4_0", {}, "train the same weights twice"),
     ("dense", "F16", {"probes_per_decode": 2}, "one probe at a time"),

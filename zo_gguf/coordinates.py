@@ -6,7 +6,7 @@ or transformed weights, is reported as such.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -47,6 +47,16 @@ def is_idle(base: GgufFile, name: str) -> bool:
         return False
     n_layers = int(base.metadata(f"{base.architecture}.block_count", 0))
     return int(layer[1]) >= n_layers - int(shared)
+
+
+def check_rank(base: GgufFile, names: Sequence[str], rank: int) -> None:
+    """Raise ZoError if `rank` is more than one of these matrices can have."""
+    least = min(min(base.tensors[name].shape) for name in names)
+    if rank > least:
+        raise ZoError(
+            f"--rank {rank} is more than the smallest matrix has, {least}; lower it, or leave that "
+            "matrix out with --train."
+        )
 
 
 def matching_matrices(base: GgufFile, pattern: str | None) -> list[str]:

@@ -14,6 +14,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.files import require_file
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_MAX_CELL = 1 << 30  # bytes, where the csv module has 131072
 _BOM = b"\xef\xbb\xbf"
 RawRow = tuple[str, dict[str, Any] | ZoError]  # source, row
 
@@ -60,6 +61,7 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ZoError(f"{path.name}: not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+    csv.field_size_limit(_MAX_CELL)
     # newline="" keeps line breaks inside quoted cells.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -108,7 +110,9 @@ def _parse_json(source: str, content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ZoError(f"{source}: not UTF-8; save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
-        raise ZoError(f"{source}: not valid JSON: {error.msg} at column {error.colno}.") from error
+        line = f"line {error.lineno}, " if b"\n" in content.strip() else ""
+        where = f"{line}column {error.colno}"
+        raise ZoError(f"{source}: not valid JSON: {error.msg} at {where}.") from error
     except (ValueError, RecursionError) as error:
         raise ZoError(f"{source}: not usable JSON: {error}.") from error
 

@@ -101,7 +101,8 @@ def info(config: InfoConfig) -> Facts:
         case "delta":
             return Facts(head | _delta(Delta.load(path)))
     raise ZoError(
-        f"{str(path)!r} is no GGUF, mask, delta, trajectory or run folder; info knows only these."
+        f"{str(path)!r} is no GGUF, mask, delta, trajectory or run folder, or a part of one is "
+        "missing; info knows only these."
     )
 
 

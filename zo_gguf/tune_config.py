@@ -7,8 +7,11 @@ from typing import Literal
 
 from zo_gguf.errors import ZoError
 from zo_gguf.options import Config, option, parse_fields, refuse_unread
+from zo_gguf.trajectory import MAX_DIRECTIONS
 
+_MANY = MAX_DIRECTIONS + 1
 THREADS = "CPU threads (default: the number of physical cores)"
+THREADS_BELOW = 513  # GGML_MAX_N_THREADS and one
 DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
 GPU = "layers kept on the GPU; -1 means all"
 OVERWRITE = "replace an output that is already there"
@@ -39,6 +42,7 @@ class RowsConfig(Config):
         help="tokens per forward call, over all rows and branches in it",
         default=2048,
         low=2,
+        below=(1 << 20) + 1,
     )
     train_on: Literal["last-assistant", "all-assistant"] = option(
         help="turns of `messages` rows that count in the loss", default="last-assistant"
@@ -104,9 +108,9 @@ class TuneConfig(RowsConfig):
     optimizer: str = option(
         help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
     )
-    iters: int = option(help="steps", default=500, low=1)
+    iters: int = option(help="steps", default=500, low=1, below=10**9)
     examples_per_step: int | None = option(
-        help="rows per step (default: 16; natural: 4)", default=None, low=1
+        help="rows per step (default: 16; natural: 4)", default=None, low=1, below=_MANY
     )
     balance: bool = option(
         help="spread rows with equal answers evenly over an epoch, instead of shuffling alone",
@@ -123,12 +127,13 @@ class TuneConfig(RowsConfig):
         help="perturbation size; auto chooses it from the measured noise floor",
         default="auto",
         above=0,
+        below=1e6,
     )
     directions: int | None = option(
-        help="random directions per step (default: 1; natural: 16; fzoo: 8; grzo always has one "
-        "for each row)",
+        help="random directions a step (default: 1; natural: 16; fzoo: 8; grzo: one for each row)",
         default=None,
         low=1,
+        below=_MANY,
     )
     probes_per_decode: int | Literal["auto"] | None = option(
         help="probes that share a decode, as far as --ctx-size holds them; auto measures what is "
@@ -207,18 +212,14 @@ class TuneConfig(RowsConfig):
     seed: int = option(
         help="seed of the directions and of the row order", default=0, low=0, below=2**63
     )
-    threads: int | None = option("-t", help=THREADS, default=None, low=1)
+    threads: int | None = option("-t", help=THREADS, default=None, low=1, below=THREADS_BELOW)
     n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
     valid_every: int = option(
-        help="steps between validations; 0 validates only at the start and the end",
-        default=200,
-        low=0,
+        help="steps between validations; 0: only at the start and the end", default=200, low=0
     )
     valid_rows: int = option(help="validation rows used; 0 means all", default=500, low=0)
     patience: int = option(
-        help="stop after this many validations without a better loss; 0 never stops",
-        default=0,
-        low=0,
+        help="stop after this many validations without a better loss; 0: never", default=0, low=0
     )
     save_every: int = option(help="steps between checkpoints", default=100, low=1)
     val_split: float = option(

@@ -2,13 +2,13 @@
 
 Each matrix W (m, n) gets W + (alpha / r) B A beside it, A (r, n) starting at seeded Gaussians of
 variance 1 / (3 n), as a uniform Kaiming start has, and B (m, r) at zero; both are perturbed
-at once. alpha = 2 r. Memory: 4 r (m + n) bytes per matrix. The result is a LoRA GGUF as it stands.
+at once. alpha = 2 r. Memory: 20 r (m + n) bytes per matrix. The result is a LoRA GGUF as it stands.
 """
 
 import numpy as np
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.coordinates import matching_matrices
+from zo_gguf.coordinates import check_rank, matching_matrices
 from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import LowRank, Products
 from zo_gguf.gguf_file import GgufFile
@@ -20,9 +20,10 @@ def lora(config: TuneConfig, gguf: GgufFile) -> Delta:
     """A and B of all attention and MLP matrices, or of those that --train names.
 
     Raises:
-        ZoError: No matrix is chosen.
+        ZoError: No matrix is chosen, or one cannot have this rank.
     """
     names = matching_matrices(gguf, config.train)
+    check_rank(gguf, names, config.rank)
     products: Products = {}
     masters = []
     none = np.zeros((0, 0, 0), np.float32)

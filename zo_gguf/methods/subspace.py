@@ -4,7 +4,7 @@ Each matrix W (m, n) gets W + c U Z V^T beside it, with U (m, r) and V (n, r) or
 of seeded Gaussians (`--factors gaussian`: the Gaussians themselves, nearer to LOZO, 2410.07698), Z
 (r, r) the masters, and c = sqrt(m n) / r, which gives a perturbation the size of a dense one. After
 `--refresh` steps new bases follow and the earlier products stay, so the rank grows; 0 keeps one
-subspace. Memory: 4 r (m + n) bytes per matrix and window. The result is an exact LoRA.
+subspace. Memory: 8 r (m + n) bytes per matrix and window. The result is an exact LoRA.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.coordinates import matching_matrices
+from zo_gguf.coordinates import check_rank, matching_matrices
 from zo_gguf.delta import Delta, DeltaHeader
 from zo_gguf.edits import LowRank, Products, Vector
 from zo_gguf.errors import ZoError
@@ -29,12 +29,7 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     """
     names = matching_matrices(gguf, config.train)
     n_windows = -(-config.iters // config.refresh) if config.refresh else 1
-    least = min(min(gguf.tensors[name].shape) for name in names)
-    if config.rank > least:
-        raise ZoError(
-            f"--rank {config.rank} is more than the smallest matrix has, {least}; lower it, or "
-            "leave that matrix out with --train."
-        )
+    check_rank(gguf, names, config.rank)
     if n_windows * config.rank > _MAX_RANK:
         raise ZoError(
             f"{n_windows} subspaces of rank {config.rank} need rank {n_windows * config.rank}, but "
