@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import psutil
 
+from zo_gguf.adjust import required_features
 from zo_gguf.config import TuneConfig
+from zo_gguf.delta import Delta
 from zo_gguf.draw import Draw
 from zo_gguf.engine import Engine
 from zo_gguf.errors import DoesNotFitError
@@ -27,7 +29,7 @@ _TIMED_STEPS = 3
 _WORTH_SAYING = 0.05  # of a step's time; less is noise
 _METRICS_LINE = 250  # bytes of metrics.jsonl per step
 _TRIAL_EPS = 1e-2  # timing does not depend on it
-BYTES_PER_ENTRY = 16  # of a tuned weight: master, position, noise
+_BYTES_OF_STEP = 12  # of a master: gradient estimate, z, one more vector on the way to libzo
 _MIB = 1 << 20
 
 
@@ -38,8 +40,9 @@ class PlanResult:
     Attributes:
         weights: The model's tensors.
         engine: KV cache, compute buffers and logits (what the process grew by, less the rest).
-        trainable: Masters, positions and noise of the tuned weights.
+        trainable: Masters of the tuned weights in all their copies, positions, bases.
         optimizer: The optimizer's memory.
+        passing: What a step, or a checkpoint, takes on top while it lasts.
         total: Sum of the parts.
         available: Free RAM before the model was loaded.
         on_gpu: In words, whether a GPU holds any of it.
@@ -56,6 +59,7 @@ class PlanResult:
     engine: int
     trainable: int
     optimizer: int
+    passing: int
     total: int
     available: int
     on_gpu: str
@@ -73,6 +77,7 @@ class PlanResult:
             return json.dumps(asdict(self))
         rows = [("weights", self.weights), ("KV cache and compute", self.engine)]
         rows += [("trainable weights", self.trainable), ("optimizer", self.optimizer)]
+        rows += [("steps and checkpoints", self.passing)]
         rows += [("RAM in all", self.total), ("RAM available", self.available)]
         rows += [("disk for the run", self.disk)]
         advice = ""
@@ -109,6 +114,8 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss  # with the bases of subspaces
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
+        if config.adjust:
+            required_features(train, config.n_rows)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
         fastest, asked, saved = _fastest(engine, draw, config)
@@ -123,17 +130,22 @@ def plan(config: TuneConfig) -> PlanResult:
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
     bases = sum(edit.left.nbytes + edit.right.nbytes for edit in method.start.low_rank.values())
-    trainable = BYTES_PER_ENTRY * state.theta.size + bases
+    inside = _bytes_inside(method.start, last=True)
+    beside = 2 * state.theta.nbytes + 8 * method.start.n_sparse  # the first and this theta
+    trainable = inside + beside + bases
     optimizer = sum(array.nbytes for array in state.optimizer.state.values())
+    saved_bytes = state.theta.nbytes + optimizer
+    passing = max(_BYTES_OF_STEP * state.theta.size, 2 * saved_bytes)  # which safetensors copies
     disk = _disk(config, state.theta.nbytes, optimizer) + 3 * bases
     _check_disk(config, disk)
-    working = max(0, grown - weights - (trainable - bases))
+    working = max(0, grown - weights - _bytes_inside(method.start, last=False))
     return PlanResult(
         weights=weights,
         engine=working,
         trainable=trainable,
         optimizer=optimizer,
-        total=weights + working + trainable + optimizer,
+        passing=passing,
+        total=weights + working + trainable + optimizer + passing,
         available=available,
         on_gpu=on_gpu,
         seconds_per_step=per_step,
@@ -144,6 +156,20 @@ def plan(config: TuneConfig) -> PlanResult:
         fastest=fastest,
         saved=saved,
     )
+
+
+def _bytes_inside(delta: Delta, *, last: bool) -> int:
+    """What an engine holds of the parameters: theta twice, and what libzo has for each kind.
+
+    With subspaces that follow one another, that is more at the last step than at the first.
+    """
+    per_sparse = 24  # place, column, noise of two seeds, value
+    scales = sum(edit.size for edit in delta.live.values() if edit.kind == "scale")
+    factors = sum(
+        (edit.n_windows if last else 1) * edit.rank * (edit.n_rows + edit.n_cols)
+        for edit in delta.low_rank.values()
+    )
+    return 8 * delta.nnz + per_sparse * delta.n_sparse + 4 * scales + 4 * factors
 
 
 def _fastest(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[int, int, float]:
