@@ -86,8 +86,8 @@ def merge(config: MergeConfig) -> MergeResult:
         result = result.with_notes([measured])
     elif result.retention is None:
         note = (
-            f"The tuned weights are not better than the base by {MIN_GAIN:g} on these rows, so there "
-            "is no gain of which a share could be kept."
+            f"The tuned weights are not better than the base by {MIN_GAIN:g} on these rows, so "
+            "there is no gain of which a share could be kept."
         )
         result = result.with_notes([note])
     with atomic_write(output.with_name(output.name + ".merge.json")) as file:
