@@ -63,6 +63,7 @@ def test_the_memory_of_many_weights_is_foretold(
     """More than the norms take, so that what Python and the engine take cancels out."""
     foretold, taken = [], []
     fixed = {"estimator": "spsa", "eps": 1e-3, "learning_rate": 1e-6, "iters": 2, "valid_rows": 4}
+    fixed |= {"targets": "answers", "examples_per_step": 4}
     for name in ("norm", method):
         given = config(tiny_export, task_dir, tmp_path / name)
         rank = {"rank": 64} if name == "lora" else {}
@@ -91,7 +92,8 @@ def test_bases_of_subspaces_count(
     tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
     given = config(tiny_export, task_dir, tmp_path / "run")
-    given = dataclasses.replace(given, method="subspace", mask="", rank=16, refresh=50, iters=500)
+    options = {"method": "subspace", "mask": "", "rank": 16, "refresh": 50, "iters": 500}
+    given = dataclasses.replace(given, **options, directions=2)
     result = plan(given)
     bases = 8 * 4 * 160 * (4 * (256 + 256) + 3 * (256 + 688))  # bytes of at most so many values
     assert bases < result.trainable < 2.5 * bases  # here, and in libzo
