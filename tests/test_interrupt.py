@@ -14,6 +14,7 @@ import pytest
 
 from zo_gguf.interrupt import Interrupt, deferred
 from zo_gguf.llama import load_model
+from zo_gguf.quantize import quantize
 
 
 def interrupted_callback(number: int = signal.SIGINT) -> None:
@@ -89,3 +90,12 @@ def test_ctrl_c_while_a_model_loads(
     with pytest.raises(KeyboardInterrupt):
         load_model(Path(tiny_export.model("F16")))
     llama_cpp.llama_model_free(freed[0])
+
+
+def test_ctrl_c_while_a_model_is_quantized(
+    tiny_export: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_model_quantize", lambda *_: interrupted_callback())
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_export.model("F16"), tmp_path / "q.gguf", "Q4_0")
+    assert not list(tmp_path.iterdir())

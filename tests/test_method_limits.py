@@ -155,6 +155,17 @@ def test_default_rates_keep_weights_below_their_threshold(tmp_path: Path) -> Non
     assert default_learning_rate("adam", 1.0, 1.0, 100, 16) > rate
 
 
+def test_weights_beside_scales_go_by_the_unit_of_both(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf", lambda n: Type.F16 if "attn_q" in n else Type.Q4_0)
+    given = {"model": str(path), "data": "none", "output": "none", "threads": 1}
+    trainable = Trainable(TuneConfig(method="block-scale+magnitude", **given))
+    assert trainable.kinds == ["sparse", "scale"]  # all edits in place are written in one go
+    limits = [edit.limit for edit in trainable.start.live.values() if edit.kind == "weight"]
+    assert trainable.farthest == pytest.approx(min(limits) / 2)
+    trainable.set_units({"scale": 8.0})
+    assert trainable.farthest == pytest.approx(min(limits) / 16)
+
+
 @pytest.mark.parametrize(
     ("method", "option", "value"),
     [

@@ -71,6 +71,16 @@ def test_estimates_are_means_in_any_blocks(block: int, monkeypatch: pytest.Monke
     assert found.tobytes() == gradient_estimate(directions, lambda seed, _: z[seed]).tobytes()
 
 
+def test_threads_have_the_callers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zo_gguf.parallel._BLOCK", 7)
+    directions = [Direction(seed, 0, 1.0, 0.5, 3e38) for seed in (1, 2)]
+    large = np.full(N, 3e38, np.float32)
+    with np.errstate(over="ignore"):
+        assert np.isinf(gradient_estimate(directions, lambda *_: large)).all()
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        gradient_estimate(directions, lambda *_: large)
+
+
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_state_is_all_that_a_restart_needs(name: str) -> None:
     steps = gradients(20)

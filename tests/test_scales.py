@@ -6,6 +6,7 @@ dequantizer, which shares no code with what is tested.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
-from tiny_gguf import packed
+from tiny_gguf import packed, write_llama
 
 from zo_gguf.edits import Live
 from zo_gguf.errors import ZoError
@@ -27,6 +28,7 @@ from zo_gguf.scales import (
     has_scales,
     live_bytes,
     scale_offsets,
+    scale_resolution,
 )
 
 OFFSETS = {
@@ -265,3 +267,18 @@ def test_another_number_of_values_is_refused(
     field_of(base, name, Live(kind, right))
     with pytest.raises(ZoError, match=rf"{right + off} values for '{name}'"):
         field_of(base, name, Live(kind, right + off))
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q6_K])
+def test_the_resolution_moves_half_of_the_scales(kind: Type, tmp_path: Path) -> None:
+    gguf = GgufFile(write_llama(tmp_path / "m.gguf", kind))
+    name = "blk.0.ffn_up.weight"
+    base, least = base_scales(gguf, name), scale_resolution(gguf, name)
+    assert least > 2.0**-11 if kind == Type.Q6_K else least == 2.0**-11
+
+    def moved(change: float) -> float:
+        return float(((base * np.float32(1 + change)).astype(np.float16) != base).mean())
+
+    assert moved(1.1 * least) >= 0.5
+    if kind == Type.Q6_K:
+        assert moved(0.9 * least) <= 0.5
