@@ -31,6 +31,7 @@ from zo_gguf.config import (
     build,
 )
 from zo_gguf.errors import ZoError
+from zo_gguf.interrupt import handling
 from zo_gguf.options import Config, add_arguments, nearest
 
 _DEBUG = "ZO_GGUF_DEBUG"
@@ -201,12 +202,5 @@ def _terminate_like_ctrl_c() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: the host program decides
+    with handling(interrupt, [signal.SIGTERM]):
         yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

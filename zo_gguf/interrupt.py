@@ -3,12 +3,32 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
+Handler = Callable[[int, FrameType | None], None]
 _SIGNALS: tuple[int, ...] = signal.SIGINT, signal.SIGTERM
+
+
+@contextmanager
+def handling(handler: Handler, numbers: Sequence[int] = _SIGNALS) -> Iterator[None]:
+    """Have signals handled in another way meanwhile.
+
+    Outside the main thread, signals stay the host program's business.
+    """
+    previous: dict[int, Any] = {}
+    for number in numbers:
+        try:
+            previous[number] = signal.signal(number, handler)
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextmanager
@@ -19,7 +39,6 @@ def deferred() -> Iterator[None]:
     the process.
     """
     waiting: list[int] = []
-    previous: dict[int, Any] = {}
 
     def keep(number: int, frame: FrameType | None) -> None:
         if waiting:
@@ -27,16 +46,10 @@ def deferred() -> Iterator[None]:
             signal.raise_signal(number)
         waiting.append(number)
 
-    for number in _SIGNALS:
-        try:
-            previous[number] = signal.signal(number, keep)
-        except ValueError:  # not the main thread
-            break
     try:
-        yield
+        with handling(keep):
+            yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for number in waiting:
             signal.raise_signal(number)
 
@@ -45,29 +58,19 @@ class Interrupt:
     """Turns the first SIGINT or SIGTERM into a request that the loop sees after its step.
 
     A second one interrupts at once; nothing is lost then either, because every finished step is in
-    the trajectory. Outside the main thread, signals stay the host program's business.
+    the trajectory.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[int, Any] = {}
+        self._handling = handling(self._on_signal)
 
     def __enter__(self) -> "Interrupt":
-        for number in _SIGNALS:
-            try:
-                self._previous[number] = signal.signal(number, self._on_signal)
-            except ValueError:
-                break
+        self._handling.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *raised: Any) -> None:
+        self._handling.__exit__(*raised)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
