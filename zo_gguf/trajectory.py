@@ -129,10 +129,8 @@ class Trajectory:
             OSError: The disk is full.
         """
         if self._file is None:
-            size = record_size(self.header)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
-            self._file.truncate(self._start + self.n_records * size)  # drops a torn last record
-            self._file.seek(0, os.SEEK_END)
+            self._cut(self._file)  # drops a torn last record
         assert record.step == self.n_records + 1
         assert len(record.directions) == self.header["directions"]
         assert len(record.features) == self.header.get("features", 0)
@@ -145,8 +143,12 @@ class Trajectory:
         """Take back the record that was appended last."""
         assert self._file is not None
         self.n_records -= 1
-        self._file.truncate(self._start + self.n_records * record_size(self.header))
-        self._file.seek(0, os.SEEK_END)
+        self._cut(self._file)
+
+    def _cut(self, file: IO[bytes]) -> None:
+        """End the file after the records that count."""
+        file.truncate(self._start + self.n_records * record_size(self.header))
+        file.seek(0, os.SEEK_END)
 
     def sync(self) -> None:
         """Force the records onto the disk, which a checkpoint that builds on them needs."""
