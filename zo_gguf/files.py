@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -35,6 +35,32 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
         raise ZoError(f"The {what} {str(path)!r} cannot be read; check its permissions.")
     if path.stat().st_size == 0:
         raise ZoError(f"The {what} {str(path)!r} is empty; make or download it again.")
+    return path
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool, inputs: Iterable[Path]) -> Path:
+    """Refuse to write over an input, over any file unless told to, or where nothing can be written.
+
+    Makes the folder.
+
+    Raises:
+        ZoError: `path` is one of `inputs`, is a folder, exists without `overwrite`, or its folder
+            cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ZoError(f"The output {str(path)!r} is a folder; name a file.")
+    if path.exists():
+        if any(path.samefile(source) for source in inputs):
+            raise ZoError(f"The output {str(path)!r} is an input; choose another name.")
+        if not overwrite:
+            raise ZoError(f"The output {str(path)!r} exists; use --overwrite or another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ZoError(f"{str(path)!r} cannot be written ({reason}); choose another -o.") from error
     return path
 
 

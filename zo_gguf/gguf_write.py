@@ -5,11 +5,9 @@ that are not UTF-8 included), tensors in their order. gguf.GGUFWriter is not use
 every value and leaves out empty ones.
 """
 
-import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,7 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from zo_gguf.errors import DoesNotFitError, ZoError
+from zo_gguf.errors import DoesNotFitError
 from zo_gguf.files import atomic_write
 from zo_gguf.gguf_file import GgufFile
 from zo_gguf.gguf_header import DEFAULT_ALIGNMENT, MAGIC
@@ -71,32 +69,6 @@ def key_record(key: str, value: Value) -> bytes:
     else:
         kind, data = GGUFValueType.INT64, struct.pack("<q", value)
     return _string(key) + struct.pack("<I", kind) + data
-
-
-def check_output(path: str | os.PathLike[str], *, overwrite: bool, inputs: Iterable[Path]) -> Path:
-    """Refuse to write over an input, over any file unless told to, or where nothing can be written.
-
-    Makes the folder.
-
-    Raises:
-        ZoError: `path` is one of `inputs`, is a folder, exists without `overwrite`, or its folder
-            cannot be written to.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ZoError(f"The output {str(path)!r} is a folder; name a file.")
-    if path.exists():
-        if any(path.samefile(source) for source in inputs):
-            raise ZoError(f"The output {str(path)!r} is an input; choose another name.")
-        if not overwrite:
-            raise ZoError(f"The output {str(path)!r} exists; use --overwrite or another name.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ZoError(f"{str(path)!r} cannot be written ({reason}); choose another -o.") from error
-    return path
 
 
 def check_disk(path: Path, n_bytes: int) -> None:

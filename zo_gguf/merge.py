@@ -18,9 +18,9 @@ import zo_gguf
 from zo_gguf.config import MergeConfig
 from zo_gguf.delta import Delta
 from zo_gguf.edits import describe
-from zo_gguf.files import atomic_write, is_running
+from zo_gguf.files import atomic_write, check_output, is_running
 from zo_gguf.gguf_file import GgufFile
-from zo_gguf.gguf_write import Value, check_disk, check_output
+from zo_gguf.gguf_write import Value, check_disk
 from zo_gguf.lora import LoraSummary, check_lora, write_lora
 from zo_gguf.merge_data import Baseline, find_source, measure_baseline, open_base
 from zo_gguf.merge_edits import write_edited

@@ -11,7 +11,7 @@ from zo_gguf.config import ReplayConfig
 from zo_gguf.delta import Delta
 from zo_gguf.edits import fixed_arrays
 from zo_gguf.errors import ZoError
-from zo_gguf.gguf_write import check_output
+from zo_gguf.files import check_output
 from zo_gguf.run import Run, first_state, open_trajectory, require_run, run_files
 from zo_gguf.trainable import Trainable
 from zo_gguf.trajectory import Trajectory
