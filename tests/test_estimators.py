@@ -204,12 +204,13 @@ def test_normalized_slopes_do_not_depend_on_the_loss_scale() -> None:
 
 
 def test_equal_losses_give_no_step() -> None:
-    for directions, _ in (
+    for directions, scores in (
         spsa(toy(lambda theta, _: 2.0), ROWS, SEEDS, EPS, curvature=True),
         fzoo(toy(lambda theta, _: 2.0), ROWS, SEEDS, EPS),
         grzo(toy(lambda theta, _: 2.0), ROWS, 1, EPS),
     ):
         assert [d.projected_grad for d in directions] == [0.0] * len(directions)
+        assert trouble(directions, scores) == "No probe changes the loss of any row"
 
 
 def test_probes_that_all_move_the_loss_equally_give_no_step() -> None:

@@ -18,7 +18,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.options import Config, option
 from zo_gguf.options import config_hash as config_hash
 from zo_gguf.options import to_dict as to_dict
-from zo_gguf.tune_config import DATA, GPU, JSON, OVERWRITE, THREADS, THREADS_BELOW, RowsConfig
+from zo_gguf.tune_config import DATA, GPU, JSON, OVERWRITE, RowsConfig, threads_option
 from zo_gguf.tune_config import MASK_SUFFIX as MASK_SUFFIX
 from zo_gguf.tune_config import TuneConfig as TuneConfig
 
@@ -91,7 +91,7 @@ class ExportConfig(Config):
     name: str | None = option(
         help="name of the files written (default: the model's)", default=None, metavar="NAME"
     )
-    threads: int | None = option("-t", help=THREADS, default=None, low=1, below=THREADS_BELOW)
+    threads: int | None = threads_option()
     overwrite: bool = option(help=OVERWRITE, default=False)
 
     def check(self) -> None:
@@ -122,7 +122,7 @@ class EvalConfig(RowsConfig):
         help="file of a data folder that is read", default="test"
     )
     rows: int = option(help="rows used, from the first; 0 means all", default=0, low=0)
-    threads: int | None = option("-t", help=THREADS, default=None, low=1, below=THREADS_BELOW)
+    threads: int | None = threads_option()
     n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
     json: bool = option(help=JSON, default=False)
 
@@ -154,7 +154,7 @@ class MergeConfig(Config):
     rank: int | None = option(
         help="LoRA rank; below the exact rank it approximates", default=None, low=1
     )
-    threads: int | None = option("-t", help=THREADS, default=None, low=1, below=THREADS_BELOW)
+    threads: int | None = threads_option()
     overwrite: bool = option(help=OVERWRITE, default=False)
     json: bool = option(help=JSON, default=False)
 

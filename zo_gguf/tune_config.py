@@ -3,15 +3,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from zo_gguf.errors import ZoError
 from zo_gguf.options import Config, option, parse_fields, refuse_unread
 from zo_gguf.trajectory import MAX_DIRECTIONS
 
 _MANY = MAX_DIRECTIONS + 1
-THREADS = "CPU threads (default: the number of physical cores)"
-THREADS_BELOW = 513  # GGML_MAX_N_THREADS and one
 DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
 GPU = "layers kept on the GPU; -1 means all"
 OVERWRITE = "replace an output that is already there"
@@ -28,6 +26,12 @@ _OF_METHODS = {
 }
 _OF_ESTIMATORS = {"curvature": ("spsa",), "adjust": ("spsa",), "damping": ("natural",)}
 SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
+
+
+def threads_option() -> Any:
+    """The option of every verb that computes."""
+    text, most = "CPU threads (default: the number of physical cores)", 512  # GGML_MAX_N_THREADS
+    return option("-t", help=text, default=None, low=1, below=most + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +194,7 @@ class TuneConfig(RowsConfig):
         help="tensors that are trained, by methods without a mask", default=None, metavar="REGEX"
     )
     rank: int = option(help="rank of subspace and lora", default=8, low=1)
-    refresh: int = option(
-        help="steps between new bases of subspace; 0 keeps the first ones", default=0, low=0
-    )
+    refresh: int = option(help="steps between new bases of subspace; 0: never", default=0, low=0)
     factors: Literal["orthogonal", "gaussian"] = option(
         help="bases of subspace", default="orthogonal"
     )
@@ -209,10 +211,8 @@ class TuneConfig(RowsConfig):
     schedule: Literal["linear", "constant", "cosine"] = option(
         help="course of the learning rate", default="linear"
     )
-    seed: int = option(
-        help="seed of the directions and of the row order", default=0, low=0, below=2**63
-    )
-    threads: int | None = option("-t", help=THREADS, default=None, low=1, below=THREADS_BELOW)
+    seed: int = option(help="seed of directions and row order", default=0, low=0, below=2**63)
+    threads: int | None = threads_option()
     n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
     valid_every: int = option(
         help="steps between validations; 0: only at the start and the end", default=200, low=0
