@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,14 @@ import pytest
 from zo_gguf.interrupt import Interrupt, deferred
 from zo_gguf.llama import load_model
 from zo_gguf.quantize import quantize
+
+
+@pytest.fixture(autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    """Shells start jobs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted_callback(number: int = signal.SIGINT) -> None:
@@ -57,6 +66,13 @@ def test_nothing_comes_in_where_nothing_came() -> None:
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_what_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with deferred():
+        interrupted_callback()
+        interrupted_callback()
+
+
 def test_the_step_loop_hears_of_it() -> None:
     with Interrupt() as interrupt:
         with deferred():
@@ -69,6 +85,7 @@ def test_a_second_one_ends_the_process() -> None:
     code = (
         "import os, signal\n"
         "from zo_gguf.interrupt import deferred\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

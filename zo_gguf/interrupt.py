@@ -46,8 +46,9 @@ def deferred() -> Iterator[None]:
             signal.raise_signal(number)
         waiting.append(number)
 
+    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     try:
-        with handling(keep):
+        with handling(keep, heard):
             yield
     finally:
         for number in waiting:
