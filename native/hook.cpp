@@ -7,16 +7,16 @@
 #include <string_view>
 #include <vector>
 
-#include "error.h"
-#include "gain.h"
+#include "core/error.h"
+#include "params/gain.h"
 #include "ggml-backend.h"
 #include "ggml.h"
-#include "gpu.h"
-#include "inplace.h"
-#include "loss.h"
-#include "lowrank.h"
-#include "sparse.h"
-#include "store.h"
+#include "gpu/gpu.h"
+#include "params/inplace.h"
+#include "cpu/loss.h"
+#include "params/lowrank.h"
+#include "cpu/sparse.h"
+#include "params/store.h"
 #include "zo.h"
 
 namespace {

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import make_task
 import pytest
 
-from tests import stand_in_gpu
+from tests.helpers import stand_in_gpu
+from tools import make_task
 from zo_gguf import native
-from zo_gguf.llama import native_library
+from zo_gguf.engine.model import native_library
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "zo_gguf"
@@ -99,7 +99,7 @@ def tiny_export(task_dir: Path) -> TinyExport:
 
 def make_export(calibration: Path) -> Path:
     from zo_gguf.config import ExportConfig
-    from zo_gguf.export import export
+    from zo_gguf.verbs.export import export
 
     folder = Path(tempfile.mkdtemp(dir=CACHE, prefix=".making."))
     export(
@@ -119,7 +119,11 @@ def make_export(calibration: Path) -> Path:
 def export_key(calibration: Path) -> str:
     """Hash of everything an export depends on: sources, calibration text, model, engine."""
     sha = hashlib.sha256(f"{version('llama_cpp_python')} {version('torch')} {QUANTS}".encode())
-    for file in [*sorted(imported_by("export")), *sorted(TINY_LLAMA.iterdir()), calibration]:
+    for file in [
+        *sorted(imported_by("zo_gguf.verbs.export")),
+        *sorted(TINY_LLAMA.iterdir()),
+        calibration,
+    ]:
         sha.update(file.read_bytes())
     return sha.hexdigest()[:16]
 
@@ -127,13 +131,15 @@ def export_key(calibration: Path) -> str:
 def imported_by(module: str) -> set[Path]:
     """The files of zo_gguf that importing `module` runs, found without running them."""
     files: set[Path] = set()
-    waiting = [PACKAGE / f"{module}.py"]
+    waiting = [module]
     while waiting:
-        file = waiting.pop()
+        path = PACKAGE.parent.joinpath(*waiting.pop().split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if file in files or not file.is_file():
             continue
         files.add(file)
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("zo_gguf."):
-                waiting.append(PACKAGE / f"{str(node.module).split('.')[1]}.py")
+                waiting.append(str(node.module))
+                waiting += [f"{node.module}.{name.name}" for name in node.names]  # of a package
     return files

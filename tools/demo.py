@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zo_gguf.dataset import load_examples
-from zo_gguf.engine import Engine
-from zo_gguf.handover import paste_lines
+from zo_gguf.data.dataset import load_examples
+from zo_gguf.engine.engine import Engine
+from zo_gguf.merging.handover import paste_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_LLAMA = Path("tests/assets/tiny-llama")
@@ -73,9 +73,9 @@ def stock(model: Path, tokens_from: Path, data: Path, job: Path) -> dict[str, An
     job.write_text(
         json.dumps({"model": str(model), "lora": None, "n_threads": None, "examples": rows})
     )
-    print(f"$ python zo_gguf/stock_eval.py {job}", flush=True)
+    print(f"$ python zo_gguf/merging/stock_eval.py {job}", flush=True)
     result: dict[str, Any] = json.loads(
-        call([sys.executable, "zo_gguf/stock_eval.py", str(job)], capture=True)
+        call([sys.executable, "zo_gguf/merging/stock_eval.py", str(job)], capture=True)
     )
     return result
 

@@ -4,8 +4,8 @@
     python3 tools/dev.py demo             the main job, on a model and data that ship with this
     python3 tools/dev.py test [ARGS]      pytest; ARGS go to it
     python3 tools/dev.py check            ruff, mypy --strict, clang-format
-    python3 tools/dev.py bench [ARGS]     tools/bench_hook.py; ARGS go to it
-    python3 tools/dev.py gpu [STAGE]      all of it on an NVIDIA GPU; see tools/dev_gpu.py
+    python3 tools/dev.py bench [ARGS]     tools/bench/hook.py; ARGS go to it
+    python3 tools/dev.py gpu [STAGE]      all of it on an NVIDIA GPU; see tools/gpu/run.py
 
 Every command sets up first and skips what is already done. Deleting .venv is always safe, and so is
 .venv-gpu, which `gpu` uses instead.
@@ -59,7 +59,7 @@ def setup() -> None:
     make_venv()
     pins = [ROOT / "pyproject.toml", CONSTRAINTS, *amx_header()]
     packages = digest(pins, sys.version)
-    native = sorted((ROOT / "native").glob("*"))
+    native = sorted(file for file in (ROOT / "native").rglob("*") if file.is_file())
     library = digest([ROOT / "CMakeLists.txt", *native], packages)
     stamped_packages = read_stamp("packages") == packages
     if stamped_packages and read_stamp("libzo") == library:
@@ -228,7 +228,7 @@ def check() -> int:
     """Run every check, also after one has failed; return the worst exit code."""
     native = [
         str(file.relative_to(ROOT))
-        for file in sorted((ROOT / "native").iterdir())
+        for file in sorted((ROOT / "native").rglob("*"))
         if is_source(file)
     ]
     return max(
@@ -256,9 +256,10 @@ def main() -> int:
         say(f"{command} takes no further arguments, got {' '.join(rest)!r}")
         return 2
     if command == "gpu":
-        import dev_gpu
+        sys.path.insert(0, str(ROOT))
+        from tools.gpu import run as gpu
 
-        return dev_gpu.main(rest)
+        return gpu.main(rest)
     try:
         setup()
     except SetupError as error:
@@ -275,7 +276,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "demo": lambda *rest: run("tools/demo.py", *rest),
     "test": lambda *rest: run("-m", "pytest", *rest),
     "check": check,
-    "bench": lambda *rest: run("tools/bench_hook.py", *rest),
+    "bench": lambda *rest: run("-m", "tools.bench.hook", *rest),
 }
 
 

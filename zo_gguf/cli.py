@@ -30,9 +30,9 @@ from zo_gguf.config import (
     TuneConfig,
     build,
 )
+from zo_gguf.config.option import Config, add_arguments, nearest
 from zo_gguf.errors import ZoError
 from zo_gguf.interrupt import handling
-from zo_gguf.options import Config, add_arguments, nearest
 
 _DEBUG = "ZO_GGUF_DEBUG"
 
@@ -45,15 +45,25 @@ class _Verb:
 
 
 _VERBS = {
-    "export": _Verb(ExportConfig, "export:export", "make quantized GGUFs and masks of a HF model"),
-    "plan": _Verb(TuneConfig, "plan:plan", "memory, time and disk of a tune, without training"),
-    "tune": _Verb(TuneConfig, "tune:tune", "fine-tune a quantized GGUF with forward passes"),
-    "replay": _Verb(ReplayConfig, "replay:replay", "rebuild a run's delta from its trajectory"),
-    "eval": _Verb(EvalConfig, "evaluate:evaluate", "loss, perplexity and accuracy on a data file"),
-    "merge": _Verb(MergeConfig, "merge:merge", "make a GGUF that every llama.cpp app loads"),
-    "data check": _Verb(DataCheckConfig, "datacheck:data_check", "check rows, show what counts"),
-    "info": _Verb(InfoConfig, "info:info", "what a file or run folder holds"),
-    "env": _Verb(EnvConfig, "info:env", "versions, backends, and whether a GPU will be used"),
+    "export": _Verb(
+        ExportConfig, "verbs.export:export", "make quantized GGUFs and masks of a HF model"
+    ),
+    "plan": _Verb(
+        TuneConfig, "verbs.plan:plan", "memory, time and disk of a tune, without training"
+    ),
+    "tune": _Verb(TuneConfig, "verbs.tune:tune", "fine-tune a quantized GGUF with forward passes"),
+    "replay": _Verb(
+        ReplayConfig, "verbs.replay:replay", "rebuild a run's delta from its trajectory"
+    ),
+    "eval": _Verb(
+        EvalConfig, "verbs.evaluate:evaluate", "loss, perplexity and accuracy on a data file"
+    ),
+    "merge": _Verb(MergeConfig, "verbs.merge:merge", "make a GGUF that every llama.cpp app loads"),
+    "data check": _Verb(
+        DataCheckConfig, "verbs.data_check:data_check", "check rows, show what counts"
+    ),
+    "info": _Verb(InfoConfig, "verbs.info:info", "what a file or run folder holds"),
+    "env": _Verb(EnvConfig, "verbs.info:env", "versions, backends, and whether a GPU will be used"),
 }
 
 
@@ -113,7 +123,7 @@ def _resume(values: dict[str, Any]) -> int:
     if values:
         flags = ", ".join("--" + name.replace("_", "-") for name in values)
         raise ZoError(f"--resume goes on with the settings of the run; leave out {flags}.")
-    _report(_function("tune:resume")(run), as_json)
+    _report(_function("verbs.tune:resume")(run), as_json)
     return 0
 
 

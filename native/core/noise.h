@@ -1,0 +1,31 @@
+// One value of the noise at a time, where values are not made in order.
+
+#pragma once
+
+#include "core/rng.h"
+
+namespace zo {
+
+// The value of a Rademacher sequence that bit i stands for.
+ZO_HD float sign_of_bit(uint32_t bits, uint64_t i) {
+    return (bits >> i & 1) != 0 ? 1.0f : -1.0f;
+}
+
+// Value i of a tensor's Rademacher sequence: a counter gives the signs of 32 values.
+ZO_HD float rademacher_value(uint64_t seed, uint32_t tensor, uint64_t i) {
+    return sign_of_bit(philox(seed, tensor, i / 32).x[0], i % 32);
+}
+
+// z[4 * index .. 4 * index + 3] of a tensor under either distribution.
+ZO_HD void noise_block(bool rademacher, uint64_t seed, uint32_t tensor, uint64_t index, float z[4]) {
+    if (!rademacher) {
+        normal_block(seed, tensor, index, z);
+        return;
+    }
+    const uint32_t bits = philox(seed, tensor, index / 8).x[0];
+    for (int k = 0; k < 4; ++k) {
+        z[k] = sign_of_bit(bits, 4 * (index % 8) + (uint64_t) k);
+    }
+}
+
+}  // namespace zo

@@ -1,0 +1,120 @@
+#include "cpu/loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/error.h"
+#include "gpu/gpu.h"
+#include "core/parallel.h"
+#include "zo.h"
+
+namespace zo {
+
+// e^x for x <= 0, relative error below 2e-7: 2^n times a polynomial in the remainder. libm's expf is
+// as good but keeps compilers from vectorizing the loop over the vocabulary.
+static inline float exp_negative(float x) {
+    x                  = std::max(x, -87.0f);
+    const float n      = (float) (int32_t) (x * 1.44269504f - 0.5f);
+    const float r      = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+    float       p      = 1.0f / 720;
+    p                  = p * r + 1.0f / 120;
+    p                  = p * r + 1.0f / 24;
+    p                  = p * r + 1.0f / 6;
+    p                  = p * r + 0.5f;
+    p                  = p * r + 1.0f;
+    p                  = p * r + 1.0f;
+    const int32_t bits = ((int32_t) n + 127) << 23;
+    float         scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+ZO_MULTIVERSION
+static double logsumexp(const float * logits, int64_t n) {
+    constexpr int lanes = 16, block = 1024;
+    float         top[lanes];
+    std::fill(top, top + lanes, -INFINITY);
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        for (int k = 0; k < lanes; ++k) {
+            top[k] = logits[i + k] > top[k] ? logits[i + k] : top[k];
+        }
+    }
+    float max = *std::max_element(top, top + lanes);
+    for (; i < n; ++i) {
+        max = std::max(max, logits[i]);
+    }
+    double total = 0;  // short f32 sums, added up in f64, keep the error below 1e-6 for any vocabulary
+    for (int64_t first = 0; first < n; first += block) {
+        const int64_t end        = std::min(n, first + block);
+        float         sum[lanes] = { 0 };
+        int64_t       j          = first;
+        for (; j + lanes <= end; j += lanes) {
+            for (int k = 0; k < lanes; ++k) {
+                sum[k] += exp_negative(logits[j + k] - max);
+            }
+        }
+        for (; j < end; ++j) {
+            sum[0] += exp_negative(logits[j] - max);
+        }
+        for (int k = 0; k < lanes; ++k) {
+            total += sum[k];
+        }
+    }
+    return (double) max + std::log(total);
+}
+
+std::vector<int32_t> first_targets(const targets & wanted) {
+    std::vector<int32_t> first;
+    const int32_t        n = (int32_t) wanted.output.size();
+    for (int32_t i = 0; i < n; ++i) {
+        if (i == 0 || wanted.output[(size_t) i] != wanted.output[(size_t) i - 1]) {
+            first.push_back(i);
+        }
+    }
+    first.push_back(n);
+    return first;
+}
+
+void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t stride, const targets & wanted,
+                              int n_threads, double * nll) {
+    const std::vector<int32_t> first = first_targets(wanted);
+    parallel_for((int64_t) first.size() - 1, n_threads,
+                 [&](int64_t c, int) {  // its targets share a column's sum
+                     const float * row = (const float *) (logits + (size_t) wanted.output[first[c]] * stride);
+                     const double  sum = logsumexp(row, n_vocab);
+                     for (int64_t i = first[c]; i < first[c + 1]; ++i) {
+                         nll[i] = sum - (double) row[wanted.token[i]];
+                     }
+                 });
+}
+
+}  // namespace zo
+
+zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
+                    const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
+                    int32_t device, double * nll) {
+    return zo::guarded([&] {
+        if (logits == nullptr || nll == nullptr || n_vocab < 1 || stride < n_vocab || n_targets < 1) {
+            return zo::fail(ZO_ARGUMENT, "zo_losses got a null pointer or a wrong size");
+        }
+        const zo::targets wanted{ { target_output, target_output + n_targets },
+                                  { target_token, target_token + n_targets } };
+        for (const int32_t token : wanted.token) {
+            if (token < 0 || token >= n_vocab) {
+                return zo::fail(ZO_ARGUMENT, "a target lies outside the vocabulary");
+            }
+        }
+        const size_t bytes = (size_t) stride * sizeof(float);
+        if (device >= 0) {
+            const auto   last = *std::max_element(wanted.output.begin(), wanted.output.end());
+            const size_t size = (size_t) last * bytes + (size_t) n_vocab * sizeof(float);
+            const std::unique_ptr<zo::gpu> gpu = zo::open_gpu(device);
+            gpu->losses(gpu->lend(logits, size), n_vocab, bytes, wanted, nll);
+            return ZO_OK;
+        }
+        zo::negative_log_likelihoods((const char *) logits, n_vocab, bytes, wanted, n_threads, nll);
+        return ZO_OK;
+    });
+}

@@ -1,0 +1,68 @@
+#include "params/gain.h"
+
+#include <limits>
+
+#include "core/error.h"
+#include "core/parallel.h"
+
+namespace zo {
+
+void gain_apply(const gain_weight & weight, const std::vector<float> & factors, const columns & y,
+                int64_t first, int64_t end, int n_threads) {
+    parallel_for(end - first, n_threads, [&](int64_t column, int) {
+        float * out = y.at(first + column);
+        for (int64_t i = 0; i < weight.n; ++i) {
+            out[i] *= factors[(size_t) i];
+        }
+    });
+}
+
+}  // namespace zo
+
+using zo::fail;
+using zo::guarded;
+
+zo_status zo_gain_init(zo_gain ** gain) {
+    return guarded([&] {
+        if (gain == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_gain_init got a null pointer");
+        }
+        *gain = new zo_gain;
+        return ZO_OK;
+    });
+}
+
+void zo_gain_free(zo_gain * gain) {
+    delete gain;
+}
+
+zo_status zo_gain_add(zo_gain * gain, const char * name, int64_t n) {
+    return guarded([&] {
+        if (gain == nullptr || name == nullptr || n < 1 || n > std::numeric_limits<int32_t>::max()) {
+            return fail(ZO_ARGUMENT, "zo_gain_add needs a name and a length");
+        }
+        if (gain->find(name) != nullptr) {
+            return fail(ZO_ARGUMENT, std::string(name) + " was added before");
+        }
+        zo::gain_weight weight;
+        weight.name = name;
+        weight.n    = n;
+        gain->append(std::move(weight));
+        return ZO_OK;
+    });
+}
+
+zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, const float * factors) {
+    return guarded([&] {
+        if (gain == nullptr || factors == nullptr || branch < 0 || branch > 4096 || number < 0 ||
+            (size_t) number >= gain->weights.size()) {
+            return fail(ZO_ARGUMENT, "zo_gain_set got a weight or branch out of range");
+        }
+        zo::gain_weight & weight = gain->weights[(size_t) number];
+        if (weight.branches.size() <= (size_t) branch) {
+            weight.branches.resize((size_t) branch + 1);
+        }
+        weight.branches[(size_t) branch].assign(factors, factors + weight.n);
+        return ZO_OK;
+    });
+}

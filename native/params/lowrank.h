@@ -1,0 +1,76 @@
+// Low-rank overlay: y += left * (right * x) for columns of a matrix product, on the CPU.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/named.h"
+#include "cpu/sparse.h"
+#include "zo.h"
+
+namespace zo {
+
+struct lowrank_factors {
+    int64_t            rank    = 0;
+    uint64_t           version = 0;  // one more whenever they are set
+    std::vector<float> left, right;  // [rank][n_rows], [rank][n_cols]
+    zo_branch          probe{};      // of masters: where they are evaluated, at which version
+    uint64_t           of_masters = 0;
+};
+
+// Factors that are trained: right [rank][n_cols], then left [rank][n_rows], which counts `factor` times.
+struct lowrank_masters {
+    int64_t            rank    = 0;  // 0: there are none
+    float              factor  = 1;
+    uint32_t           tensor  = 0;  // the noise's number
+    uint64_t           version = 0;  // one more whenever they are set
+    std::vector<float> values;
+};
+
+// Which values of a Rademacher sequence are the signs of master i: those of its row and its column.
+struct signs_of_master {
+    int64_t row, column;
+};
+
+ZO_HD signs_of_master place_of_master(int64_t rank, int64_t n_right, int64_t n, int64_t i) {
+    const int64_t n_cols = n_right / rank, n_rows = (n - n_right) / rank, j = i - n_right;
+    return i < n_right ? signs_of_master{ i / n_cols, rank + i % n_cols }
+                       : signs_of_master{ j / n_rows, rank + n_cols + j % n_rows };
+}
+
+struct lowrank_weight {
+    std::string                  name;
+    int64_t                      n_rows = 0;
+    int64_t                      n_cols = 0;
+    uint32_t                     id     = 0;
+    std::vector<lowrank_factors> branches;
+    lowrank_masters              masters;
+};
+
+// y[:, first .. end) += left * (right * x[:, first .. end)). A token is summed by one thread in a fixed
+// order: the bits do not depend on n_threads.
+void lowrank_apply(const lowrank_weight & weight, const lowrank_factors & factors, const columns & x,
+                   const columns & y, int64_t first, int64_t end, int n_threads);
+
+}  // namespace zo
+
+struct zo_lowrank : zo::named_weights<zo::lowrank_weight> {
+    zo_distribution        distribution = ZO_NORMAL;
+    int                    n_threads    = 1;
+    std::vector<zo_branch> probes;  // of the masters, by branch
+
+    // A weight's factors in a branch, made from its masters where it has some; valid until the next call.
+    // Throws std::out_of_range for a branch that was never set.
+    const zo::lowrank_factors & factors(const zo::lowrank_weight & weight, int32_t branch);
+
+    size_t n_branches(const zo::lowrank_weight & weight) const {
+        return weight.masters.rank > 0 ? probes.size() : weight.branches.size();
+    }
+
+private:
+    void make(const zo::lowrank_weight & weight, const zo_branch & probe, zo::lowrank_factors & made) const;
+
+    zo::lowrank_factors signed_;  // every row may have a branch with signs: too many to keep
+};

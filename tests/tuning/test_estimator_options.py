@@ -1,0 +1,249 @@
+"""What surrounds an estimator: its options, clipping, and a branch for each row of a decode."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tuning.test_estimators import EPS, ROWS, SEEDS, Toy, config, linear, quadratic, toy
+from zo_gguf.data.dataset import Example
+from zo_gguf.engine.batch import branch_per_example, build_request, lay_out
+from zo_gguf.errors import ZoError
+from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.tuning.clip import Clip
+from zo_gguf.tuning.estimator import (
+    direction_seeds,
+    distribution_of,
+    estimate,
+    fzoo,
+    grzo,
+    spsa,
+    trouble,
+)
+from zo_gguf.tuning.trajectory import Direction, Record, Trajectory
+
+# ---- losses that say nothing ---------------------------------------------------------------------
+
+
+def test_losses_that_no_probe_changes_are_noticed() -> None:
+    def rows(theta: np.ndarray, row: int) -> float:
+        return 1.0 + row
+
+    def one_moves(theta: np.ndarray, row: int) -> float:
+        return quadratic(theta, row) if row == 2 else rows(theta, row)
+
+    for run in (
+        lambda loss: spsa(toy(loss), ROWS, SEEDS, EPS),
+        lambda loss: fzoo(toy(loss), ROWS, SEEDS, EPS),
+        lambda loss: grzo(toy(loss), ROWS, 1, EPS),
+    ):
+        assert "No probe" in trouble(*run(rows))
+        assert trouble(*run(one_moves)) is None
+        assert trouble(*run(lambda theta, _: 0.0)) is None  # all learned
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwards
+    ({}, 16, 17),
+    ({"iters": 750}, 16, 17),
+    ({"iters": 751}, 16, 32),
+    ({"iters": 751, "sides": 1}, 16, 17),
+    ({"sides": 2}, 16, 32),
+    ({"directions": 5, "sides": 2}, 5, 10),
+    ({"directions": 5, "sides": 1}, 5, 6),
+    ({"estimator": "spsa"}, 1, 2),
+    ({"estimator": "spsa", "curvature": True}, 1, 3),
+    ({"estimator": "spsa", "curvature": True, "directions": 4}, 4, 9),
+    ({"estimator": "natural", "directions": 1}, 1, 2),
+    ({"estimator": "fzoo"}, 8, 9),
+    ({"estimator": "fzoo", "directions": 3}, 3, 4),
+    ({"estimator": "grzo", "examples_per_step": 5}, 5, 2),
+    ({"estimator": "grzo", "examples_per_step": 5, "directions": 5}, 5, 2),
+]
+
+
+@pytest.mark.parametrize(("options", "directions", "forwards"), OPTIONS)
+def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: int) -> None:
+    given = config(**options)
+    assert (given.directions, given.forwards_per_step) == (directions, forwards)
+    engine: Any = Toy(quadratic)
+    measured, scores = estimate(engine, ROWS, given, 7)
+    assert len(measured) == directions
+    assert engine.n_probes == len(scores.losses) == forwards
+    assert {d.seed for d in measured} <= set(direction_seeds(given.seed, 7, directions))
+    assert measured == estimate(engine, ROWS, given, 7)[0]
+    assert measured != estimate(engine, ROWS, given, 8)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "grzo", "directions": 3}, "leave --directions out"),
+        ({"estimator": "grzo", "directions": 1}, "leave --directions out"),
+        ({"estimator": "fzoo", "curvature": True}, "--curvature is for --estimator spsa, not fzoo"),
+        ({"estimator": "natural", "adjust": True}, "--adjust is for --estimator spsa, not natural"),
+        ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo' or 'grzo'"),
+        ({"estimator": "spsa", "sides": 1}, "spsa probes 2 side"),
+        ({"estimator": "fzoo", "sides": 2}, "fzoo probes 1 side"),
+        ({"sides": 3}, "sides must be less than 3"),
+        ({"directions": 0}, "directions must be at least 1"),
+        ({"clip": 0}, "clip must be greater than 0"),
+        ({"clip": "sometimes"}, "clip must be a number or 'adaptive'"),
+    ],
+)
+def test_bad_combinations_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZoError, match=message):
+        config(**options)
+
+
+def test_what_z_is_drawn_from() -> None:
+    kinds = {
+        name: distribution_of(config(estimator=name))
+        for name in ("spsa", "natural", "fzoo", "grzo")
+    }
+    assert kinds == {"spsa": NORMAL, "natural": NORMAL, "fzoo": RADEMACHER, "grzo": NORMAL}
+    assert distribution_of(config(estimator="spsa", curvature=True)) == RADEMACHER
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"estimator": "fzoo", "directions": 1}, {"estimator": "grzo", "examples_per_step": 1}],
+)
+def test_one_direction_cannot_be_normalized(options: dict[str, Any]) -> None:
+    try:
+        given = config(**options)
+    except ZoError:
+        return
+    engine: Any = Toy(linear)
+    rows: Any = range(given.n_rows)
+    (direction,), _ = estimate(engine, rows, given, 0)
+    assert abs(direction.projected_grad) < 1e6
+
+
+# ---- clipping ------------------------------------------------------------------------------------
+
+
+def of(*slopes: float) -> tuple[Direction, ...]:
+    return tuple(Direction(k, k + 1, 2.5, 1.5, slope) for k, slope in enumerate(slopes))
+
+
+def slopes(directions: tuple[Direction, ...]) -> list[float]:
+    return [d.projected_grad for d in directions]
+
+
+def test_without_a_limit_nothing_changes() -> None:
+    clip = Clip(None)
+    clip.remember(of(1, 1, 1))
+    assert clip(of(1e30, -1e30)) == of(1e30, -1e30)
+
+
+def test_a_constant_limit() -> None:
+    clip = Clip(2.5)
+    for _ in range(3):  # whatever came before
+        assert clip(of(0, 2.5, -2.4, 3, -1e30)) == of(0, 2.5, -2.4, 2.5, -2.5)
+        clip.remember(of(100, 100))
+
+
+@pytest.mark.parametrize(
+    ("history", "limit"),
+    [
+        ([2], 6),
+        ([-2], 6),
+        ([1, -5, 2], 6),
+        ([1, -5, 2, 4], 9),
+        ([1] * 51 + [100] * 49, 3),
+        ([1] * 49 + [100] * 51, 300),
+        ([100] * 60 + [1] * 100, 3),  # only the last 100 count
+        ([1] * 60 + [100] * 51 + [1] * 49, 300),
+        ([100] * 51 + [1] * 50, 151.5),
+    ],
+)
+def test_adaptive_is_three_times_the_median_of_the_last_100(
+    history: list[float], limit: float
+) -> None:
+    at_once, one_by_one = Clip("adaptive"), Clip("adaptive")
+    at_once.remember(of(*history))
+    for slope in history:
+        one_by_one.remember(of(slope))
+    for clip in (at_once, one_by_one):
+        assert slopes(clip(of(1e9, -1e9))) == pytest.approx([limit, -limit])
+        inside = of(0.99 * limit, -0.99 * limit, 0)
+        assert clip(inside) == inside
+
+
+def test_adaptive_without_a_history_has_no_limit() -> None:
+    clip = Clip("adaptive")
+    assert clip(of(1e30)) == of(1e30)
+    assert clip(of(1e30)) == of(1e30)  # clipping alone is not remembering
+
+
+def test_the_limit_does_not_depend_on_the_order_of_a_step() -> None:
+    clip = Clip("adaptive")
+    clip.remember(of(1))
+    assert slopes(clip(of(50, 2, -50))) == [3, 2, -3]
+
+
+def test_a_resumed_run_clips_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    measured = [of(*(rng.standard_t(1.5, 2) * 1.1**step)) for step in range(150)]
+    trajectory = Trajectory.create(tmp_path / "t.bin", {"directions": 2})
+    clip, limits = Clip("adaptive"), []
+    for step, directions in enumerate(measured):
+        limits.append(clip(of(1e30))[0].projected_grad)
+        directions = clip(directions)
+        clip.remember(directions)
+        trajectory.append(Record(step + 1, 0.1, directions))
+    trajectory.close()
+    records = list(Trajectory.load(tmp_path / "t.bin").records())
+    assert (
+        sum(slopes(r.directions) != slopes(m) for r, m in zip(records, measured, strict=True)) > 9
+    )
+    for step in (1, 2, 30, 99, 149):
+        resumed = Clip("adaptive")
+        for record in records[:step]:
+            resumed.remember(record.directions)
+        assert resumed(of(1e30))[0].projected_grad == limits[step]
+        assert resumed(measured[step]) == records[step].directions
+
+
+def test_slopes_of_zero_do_not_stop_a_run_for_good() -> None:
+    clip = Clip("adaptive")
+    clip.remember(of(0))
+    assert slopes(clip(of(5))) == [5]
+
+
+# ---- a branch for each row -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_row_of_a_decode_gets_a_branch_of_its_own(padded: bool) -> None:
+    def choices(prompt: list[int], *options: tuple[int, ...]) -> Example:
+        tokens = [*prompt, *options[0]]
+        mask = [False] * len(prompt) + [True] * len(options[0])
+        return Example(tokens, mask, options, 0, len(prompt))
+
+    rows = [
+        Example([1, 2, 3], [False, True, True]),
+        choices([1, 4], (10,), (11, 12), (13, 14, 15)),  # two sequences
+        Example([1, 5, 6, 7], [False, False, True, True]),
+    ]
+    sequences = build_request(rows).sequences
+    assert [s.example for s in sequences] == [0, 1, 1, 2]
+    orders = ([0, 1, 2, 3], [1, 2, 3], [2, 3], [3], [3, 2, 1, 0], [0, 1, 3, 2])
+    for group in ([sequences[k] for k in order] for order in orders):
+        plain = lay_out(group, 1, padded)
+        batch, present = branch_per_example(plain, group)
+        assert present == list(dict.fromkeys(s.example for s in group))
+        owner = [group[k].example for k in batch.sequence_ids]
+        assert [present[branch] for branch in batch.token_branch] == owner
+        columns = np.flatnonzero(batch.is_output)
+        assert [present[branch] for branch in batch.output_branch] == [owner[c] for c in columns]
+        for slot, branch in zip(batch.slots, batch.target_branch, strict=True):
+            (example,) = {s.example for s in group if slot in s.slots}
+            assert present[branch] == example
+        for name in ("token_branch", "output_branch", "target_branch"):
+            assert getattr(batch, name).dtype == np.int32
+        for name in ("tokens", "positions", "sequence_ids", "slots", "target_output"):
+            assert getattr(batch, name) is getattr(plain, name)

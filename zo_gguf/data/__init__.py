@@ -1,0 +1,1 @@
+"""Data files -> rows -> examples: token ids, and which of them count."""

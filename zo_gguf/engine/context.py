@@ -1,0 +1,154 @@
+"""llama.cpp's contexts for an engine: made, and made larger, as decodes need it."""
+
+from contextlib import nullcontext
+from ctypes import c_double, c_int32
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.engine.batch import DecodeBatch
+from zo_gguf.engine.discard import Discard, worth_discarding
+from zo_gguf.engine.model import engine_batch, quiet_engine, use_adapter
+from zo_gguf.engine.sequences import MAX_SEQUENCES
+from zo_gguf.errors import ZoError
+from zo_gguf.handles import Hook, Tensors
+from zo_gguf.native import ON_CPU, Library, pointer
+
+_KV_PADDING = 256  # llama.cpp rounds a sequence's KV cells up to this
+
+
+class Context:
+    """A context of a model, whose sizes follow the batches.
+
+    Args:
+        model: llama.cpp's handle.
+        watcher: Its callback sees every node; it must outlive the context. None: nothing does.
+        adapter: llama.cpp's handle of a LoRA adapter, or None.
+        n_threads: CPU threads.
+        discards: libzo, if logits need not be copied to the host: the watcher makes the losses.
+        ctx_tokens: KV cells where sequences lie side by side.
+        padded: Sequences have caches of their own, all of one length, instead.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        watcher: Hook | Tensors | None,
+        *,
+        adapter: Any = None,
+        n_threads: int,
+        ctx_tokens: int,
+        padded: bool,
+        discards: Library | None = None,
+    ) -> None:
+        self._model, self._watcher, self._adapter = model, watcher, adapter
+        self._n_threads, self._ctx_tokens, self._padded = n_threads, ctx_tokens, padded
+        self._discards = discards
+        self._samplers: Discard | None = None
+        self._context: Any = None
+        self._limits = (0, 0, 0)  # KV cells, sequences, outputs
+        self._settled = True
+        self.is_clean = True  # no NaN of the last decode is left in the cache
+
+    def make_room(self, batch: DecodeBatch) -> None:
+        """Have a context that holds the batch; sizes only grow, so this settles quickly.
+
+        Raises:
+            ZoError: There is not enough memory, or the model keeps no KV cache.
+        """
+        n_outputs = batch.output_branch.size
+        n_sequences = batch.n_sequences
+        if self._padded:
+            cells = -(-batch.max_length // _KV_PADDING) * _KV_PADDING * n_sequences
+        else:
+            cells = self._ctx_tokens
+        needed = (max(cells, batch.tokens.size), n_sequences, n_outputs)
+        # The split layout divides the cells by the number of sequences: it must be exact.
+        fits = all(have >= want for have, want in zip(self._limits, needed, strict=True))
+        if self._context and fits and not (self._padded and self._limits[:2] != needed[:2]):
+            return
+        if not self._padded:
+            grown = [
+                max(have, 1 << (want - 1).bit_length())
+                for have, want in zip(self._limits, needed, strict=True)
+            ]
+            needed = (needed[0], min(grown[1], MAX_SEQUENCES), min(grown[2], needed[0]))
+        self.free()
+        self._context = self._new(*needed)
+        self._limits = needed
+
+    def _new(self, cells: int, n_sequences: int, n_outputs: int) -> Any:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = cells
+        params.n_seq_max = n_sequences
+        params.n_outputs_max = max(n_outputs, n_sequences)
+        params.n_threads = params.n_threads_batch = self._n_threads
+        params.kv_unified = not self._padded
+        params.no_perf = True
+        if self._watcher is not None:
+            callback = self._watcher.callback
+            params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(callback)
+            params.cb_eval_user_data = self._watcher.handle
+        if self._discards and worth_discarding(params.n_outputs_max * self._n_vocab):
+            self._samplers = Discard(self._discards, n_sequences)
+            params.samplers, params.n_samplers = self._samplers.configs, n_sequences
+            params.n_outputs_max_per_seq = params.n_outputs_max
+        with quiet_engine() as messages:
+            context = llama_cpp.llama_init_from_model(self._model, params)
+        if not context:
+            raise ZoError(
+                f"llama.cpp could not make a context of {cells} tokens "
+                f"({'; '.join(messages[:1])}); lower --ctx-tokens."
+            )
+        if llama_cpp.llama_get_memory(context) is None:
+            llama_cpp.llama_free(context)
+            raise ZoError("Models that are not causal cannot be tuned; use another.")
+        if self._adapter is not None:
+            use_adapter(context, self._adapter)
+            self._settled = False
+        return context
+
+    def decode(self, batch: DecodeBatch) -> int:
+        """llama_decode after `make_room`, with nothing in the cache before; returns its status."""
+        # A masked cell counts 0 times what is left in it, and so is NaN where that is.
+        memory, erase = llama_cpp.llama_get_memory(self._context), not self.is_clean
+        llama_cpp.llama_memory_clear(memory, erase)
+        # With an adapter, llama.cpp reserves its buffers, and talks of it, in the first decode.
+        silence = nullcontext() if self._settled else quiet_engine()
+        self._settled = True
+        with engine_batch(batch) as native_batch, silence:
+            return int(llama_cpp.llama_decode(self._context, native_batch))
+
+    def losses(self, batch: DecodeBatch, library: Library) -> NDArray[np.float64]:
+        """Negative log-likelihood of each target of the last decode, from its logits."""
+        n_vocab = self._n_vocab
+        nll = np.empty(batch.target_token.size, np.float64)
+        library.call(
+            "zo_losses",
+            llama_cpp.llama_get_logits(self._context),
+            n_vocab,
+            n_vocab,
+            nll.size,
+            pointer(batch.target_output, c_int32),
+            pointer(batch.target_token, c_int32),
+            self._n_threads,
+            ON_CPU,
+            pointer(nll, c_double),
+        )
+        return nll
+
+    @property
+    def _n_vocab(self) -> int:
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        return int(llama_cpp.llama_vocab_n_tokens(vocabulary))
+
+    def free(self) -> None:
+        """Release llama.cpp's context."""
+        if self._context:
+            with quiet_engine():
+                llama_cpp.llama_free(self._context)
+        if self._samplers:
+            self._samplers.free()
+        self._context = self._samplers = None

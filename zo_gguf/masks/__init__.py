@@ -1,0 +1,1 @@
+"""A Hugging Face model -> masks of its most sensitive weights (torch)."""

@@ -1,0 +1,1 @@
+"""A delta -> one GGUF for stock apps, and what of it survived."""

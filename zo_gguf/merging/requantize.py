@@ -1,0 +1,218 @@
+"""Write tuned values into quantized weights, changing only the blocks that hold tuned entries.
+
+A quantized group of 16 or 32 weights has one step (and offset) for all. Changing one entry means
+choosing step and codes anew so that the tuned entry lands where it should while its neighbours stay
+where they were; tuned entries weigh far more in the squared error that is minimized. Groups without
+tuned entries keep their bytes. Which result is kept is decided by the weighted error alone.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from zo_gguf.engine.ggml_quant import SUPPORTED, quantize_blocks
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_files.block_codes import read_blocks
+from zo_gguf.gguf_files.blocks import Layout, layout_of
+from zo_gguf.gguf_files.file import dequantize_rows
+from zo_gguf.merging.step_search import Groups, search_steps
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+TUNED_WEIGHT = 100.0  # squared error of a tuned entry against that of any other
+_GGML_WEIGHTS = (30.0, 300.0)
+_CHUNK = 1 << 17  # weights per piece of work: its arrays stay in the cache
+_FLOATS = (Type.F32, Type.F16, Type.BF16)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """New bytes for some blocks of a tensor.
+
+    Attributes:
+        ids: int64 (n,), which blocks, counted from the start of the tensor.
+        blocks: uint8 (n, block_bytes).
+        tuned_error: Sum of squared errors of the tuned entries against dequantized + theta.
+        other_error: Sum of squared changes of all other entries.
+        output_error: Sum over rows of the mean squared change of the output that the errors make,
+            None where no inputs are known. Where it is known, the other two are from before codes
+            were chosen by it.
+    """
+
+    ids: NDArray[np.int64]
+    blocks: U8
+    tuned_error: float
+    other_error: float
+    output_error: float | None = None
+
+    def apply(self, raw: U8) -> U8:
+        """A copy of the tensor's bytes `raw` with the new blocks in place."""
+        result = raw.copy()
+        result.reshape(-1, self.blocks.shape[1])[self.ids] = self.blocks
+        return result
+
+
+def block_of(kind: Type) -> tuple[int, int]:
+    """Weights and bytes per block; a float is a block of one."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(block), int(block_bytes)
+
+
+def requantize(
+    raw: U8,
+    kind: Type,
+    indices: NDArray[np.int64],
+    theta: F32,
+    *,
+    tuned_weight: float = TUNED_WEIGHT,
+    column_weight: F32 | None = None,
+    n_threads: int | None = None,
+) -> Patch:
+    """Add `theta` to entries of a quantized tensor, within its type.
+
+    Args:
+        raw: The tensor's bytes, (n_rows, bytes_per_row).
+        kind: Its type.
+        indices: Flat positions of the tuned entries, row * n_cols + col, ascending, unique.
+        theta: What to add to them, (len(indices),).
+        tuned_weight: Squared error of a tuned entry counts this much more than that of another.
+        column_weight: Squared error in each column counts this much, (n_cols,), positive; None:
+            all alike.
+        n_threads: Worker threads; the result does not depend on it.
+
+    Raises:
+        ZoError: Neither the layout of `kind` is known here nor a quantizer of ggml.
+    """
+    layout = layout_of(kind)
+    if layout is None and kind not in SUPPORTED and kind not in _FLOATS:
+        raise ZoError(
+            f"Weights of type {kind.name} cannot be re-quantized; use --type q8_0 or --type f16."
+        )
+    block, block_bytes = block_of(kind)
+    n_cols = raw.shape[-1] // block_bytes * block
+    ids, owner = np.unique(indices // block, return_inverse=True)
+    pieces = _pieces(len(ids), max(1, _CHUNK // block))
+    stored = raw.reshape(-1, block_bytes)
+    # The tuned entries of blocks [first, last) are a run, as the indices ascend.
+    edges = np.searchsorted(owner, [first for first, _ in pieces] + [len(ids)])
+
+    def work(number: int) -> tuple[U8, float, float]:
+        first, last = pieces[number]
+        entries = slice(edges[number], edges[number + 1])
+        position = (owner[entries] - first) * block + indices[entries] % block
+        columns = np.ones((1, block), dtype=np.float32)
+        if column_weight is not None:
+            columns = column_weight.reshape(-1, block)[ids[first:last] % (n_cols // block)]
+        piece = _Piece(stored[ids[first:last]], kind, position, theta[entries], columns)
+        return _requantize_blocks(piece, tuned_weight)
+
+    with ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
+        results = list(pool.map(work, range(len(pieces))))
+    blocks = np.concatenate([part for part, _, _ in results])
+    tuned_error, other_error = (sum(result[k] for result in results) for k in (1, 2))
+    return Patch(ids, blocks, float(tuned_error), float(other_error))
+
+
+def _pieces(total: int, size: int) -> list[tuple[int, int]]:
+    return [(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def row_parts(n_rows: int, n_cols: int, n_weights: int) -> list[tuple[int, int]]:
+    """A matrix in parts of whole rows, (first, last + 1) each, of some `n_weights` weights."""
+    return _pieces(n_rows, max(1, n_weights // n_cols))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Blocks to change: their bytes (n, block_bytes), and where theta is to be added in them."""
+
+    old: U8
+    kind: Type
+    position: NDArray[np.int64]  # in the n * block weights
+    theta: F32
+    column_weight: F32  # (n or 1, block)
+
+    def importance(self, tuned_weight: float) -> F32:
+        """Weight of every squared error, (n, block)."""
+        result = np.ones((len(self.old), block_of(self.kind)[0]), dtype=np.float32)
+        result.reshape(-1)[self.position] = tuned_weight
+        return result * self.column_weight
+
+
+def _requantize_blocks(piece: _Piece, tuned_weight: float) -> tuple[U8, float, float]:
+    """New bytes (n, block_bytes), and the squared errors of tuned and of other entries."""
+    kind, layout = piece.kind, layout_of(piece.kind)
+    target = dequantize_rows(piece.old, kind)  # (n, block)
+    target.reshape(-1)[piece.position] += piece.theta
+    if kind in _FLOATS:
+        best = np.ascontiguousarray(gguf.quants.quantize(target, kind)).view(np.uint8)
+    else:
+        importance = piece.importance(tuned_weight)
+        candidates = [piece.old]
+        if layout is not None:
+            candidates.append(_search(piece, layout, target, importance))
+        if layout is None or layout.scale_bits is not None:
+            candidates += [
+                quantize_blocks(target, kind, piece.importance(weight)) for weight in _GGML_WEIGHTS
+            ]
+        best = _pick(candidates, kind, target, importance)
+    square = np.square(dequantize_rows(best, kind) - target, dtype=np.float64)
+    tuned_error = float(square.reshape(-1)[piece.position].sum())
+    return best, tuned_error, float(square.sum()) - tuned_error
+
+
+def _pick(candidates: Sequence[U8], kind: Type, target: F32, importance: F32) -> U8:
+    """Per block, the candidate with the least weighted squared error; the earlier one on a tie."""
+    errors = np.stack(
+        [
+            (importance * np.square(dequantize_rows(candidate, kind) - target)).sum(axis=1)
+            for candidate in candidates
+        ]
+    )
+    # A block whose scale overflowed has an error that is NaN; it must not win.
+    choice = np.where(np.isfinite(errors), errors, np.inf).argmin(axis=0)
+    return np.asarray(np.stack(candidates)[choice, np.arange(len(choice))])
+
+
+def _search(piece: _Piece, layout: Layout, target: F32, importance: F32) -> U8:
+    """New bytes by a search over steps, offsets and codes of the groups that hold tuned entries."""
+    blocks = read_blocks(piece.old, layout)
+    where = np.divmod(np.unique(piece.position // layout.group), layout.n_groups)
+    block, _ = where
+    has_scales, has_minima = layout.scale_bits is not None, layout.min_bits is not None
+    groups = Groups(
+        target=target.reshape(blocks.codes.shape)[where],
+        weight=importance.reshape(blocks.codes.shape)[where],
+        levels=layout.levels,
+        codes=blocks.codes[where],
+        step=blocks.step[where],
+        offset=blocks.offset[where] if layout.min_byte is not None else None,
+        unit=blocks.d[block] if has_scales else None,
+        scale_low=layout.scale_low,
+        scale_high=layout.scale_high,
+        min_unit=blocks.minimum[block] if has_minima else None,
+        min_high=layout.min_high,
+    )
+    found = search_steps(groups)
+    blocks.codes[where] = found.codes
+    if groups.unit is not None:
+        blocks.scale[where] = _multiples(found.step, groups.unit)
+    else:
+        blocks.d[block] = found.step
+    if groups.min_unit is not None:
+        blocks.sub_min[where] = _multiples(found.offset, groups.min_unit)
+    elif layout.min_byte is not None:
+        blocks.minimum[block] = found.offset
+    return blocks.pack()
+
+
+def _multiples(values: F32, unit: F32) -> NDArray[np.int64]:
+    return np.rint(values / np.where(unit == 0, 1, unit)).astype(np.int64)

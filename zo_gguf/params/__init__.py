@@ -1,0 +1,1 @@
+"""What may be trained, and its files: masks, deltas, adapters."""

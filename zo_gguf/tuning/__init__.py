@@ -1,0 +1,1 @@
+"""Parts of a run: what is trained, estimated, updated and written down."""

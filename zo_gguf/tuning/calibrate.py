@@ -1,0 +1,261 @@
+"""The loss's noise floor, and the eps that stands clear of it.
+
+llama.cpp rounds activations to 8 bits, so the loss is a staircase: perturbations far too small to
+matter still change it. A finite difference at eps has an error of (floor / 2 eps) from this noise
+and one of (curvature * eps^2) from the Taylor remainder. Both are measured here on the model, the
+quantization and the data at hand, and eps is put where their sum is smallest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from zo_gguf.data.dataset import Example
+from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.errors import ZoError
+
+Array = NDArray[np.float64]
+_TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in-place storage
+_FLOOR_SEEDS = 12
+_SLOPE_SEEDS = 8
+_FIRST, _LAST = 4e-3, 0.512
+MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # of one step's rows, as a rule
+_NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
+_BENT = 1 / 40  # relative change of the rows' slopes up to which the loss counts as linear
+NO_SLOPE = (
+    "The loss does not change with the trainable weights; check that the data's counted tokens are "
+    "what you want to teach (`zo-gguf data check`)."
+)
+_CLEAR = 2.5  # times the noise from which on a change is one
+
+
+@dataclass(frozen=True)
+class NoiseReport:
+    """What was measured.
+
+    Attributes:
+        eps: The chosen perturbation size, in units of a weight.
+        floor: Root mean square of L(+) - L(-) for perturbations that should change nothing.
+        slope: Root mean square of the projected gradient.
+        error: Expected relative error of a projected gradient at eps.
+        reach: How far the loss is linear, in units of a weight: there, curvature has changed the
+            slopes of single rows by a fortieth. Unlike eps it does not depend on the noise.
+        difference: Expected |L(+) - L(-)| at eps (root mean square).
+    """
+
+    eps: float
+    floor: float
+    slope: float
+    error: float
+    reach: float
+
+    @property
+    def difference(self) -> float:
+        """Expected root mean square of L(+) - L(-) at eps."""
+        return 2 * self.eps * self.slope
+
+    def render(self) -> str:
+        """One sentence for people."""
+        return (
+            f"noise floor of L+ - L-: {self.floor:.1e}; eps {self.eps:.2g} gives "
+            f"{self.difference:.1e}, {self.difference / max(self.floor, 1e-300):.0f} times as much "
+            f"(expected error of a projected gradient: {100 * self.error:.1f} %)"
+        )
+
+
+def choose_eps(engine: Engine, examples: Sequence[Example]) -> float:
+    """The eps at which central differences of the mean loss of `examples` are most accurate.
+
+    Raises:
+        ZoError: The loss does not react to perturbations at all, or is not finite.
+    """
+    return measure_noise(engine, examples).eps
+
+
+def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:
+    """Measure the noise floor and slopes at growing eps, and choose eps.
+
+    Args:
+        engine: The model, with trainable parameters.
+        examples: Some rows; the floor falls with their number.
+
+    Raises:
+        ZoError: The loss does not react to perturbations at all, or is not finite.
+    """
+    tiny = max(_TINY, engine.parameters.resolution)
+    still = _differences(engine, examples, tiny, range(1000, 1000 + _FLOOR_SEEDS))
+    if not np.isfinite(still).all():
+        raise ZoError(_not_finite(tiny))
+    floor, floor_of_rows = _rms(still.mean(axis=1)), _rms(still)
+    ladder: list[float] = []
+    rungs: list[Array] = []  # projected gradients of every row, (n_seeds, n_rows)
+    means: list[Array] = []  # of the mean loss, (n_seeds,)
+    eps = first = _FIRST
+    with tqdm(desc="choosing eps", unit="eps", disable=None, leave=False) as bar:
+        while eps <= _LAST:
+            moved = _differences(engine, examples, eps, range(_SLOPE_SEEDS))
+            finite = bool(np.isfinite(moved).all())
+            if not finite and len(means) >= 2:
+                break
+            if not finite and first <= 4 * tiny:
+                raise ZoError(_not_finite(eps))
+            if finite:
+                rungs.append(moved / (2 * eps))
+                means.append(rungs[-1].mean(axis=1))
+                ladder.append(eps)
+            bar.update(1)
+            lower = not finite or (len(means) == 2 and _saturates(means, ladder, floor))
+            if len(means) > 2 and _bends(means, ladder, floor):
+                lower = _bends_at_once(means, ladder)
+                if not lower or first <= 4 * tiny:
+                    break
+            if lower and first > 4 * tiny:
+                # Not linear from the start: the parameters are large in number or in effect.
+                ladder, rungs, means = [], [], []
+                first = max(first / 8, 4 * tiny)
+                eps = first / 2
+            eps *= 2
+    if tiny > _TINY:  # such a step changes the loss by more than noise
+        floor = _less(floor, 2 * tiny * _rms(means[0]), floor / 10)
+        floor_of_rows = _less(floor_of_rows, 2 * tiny * _rms(rungs[0]), floor_of_rows / 10)
+    floor = max(floor, min(_unrest(means, ladder)))
+    floor_of_rows = max(floor_of_rows, min(_unrest(rungs, ladder)))
+    reach = _reach(np.array(ladder), np.stack(rungs), floor_of_rows)
+    return _choose(np.array(ladder), np.stack(means), floor, reach)
+
+
+def measure_units(
+    engine: Engine, examples: Sequence[Example]
+) -> tuple[float, float, dict[str, float]]:
+    """How far each kind of trainable parameter may move.
+
+    Kinds react on scales of their own: a norm's gain may change by a tenth where a weight may not.
+    Each is measured alone; the engine's units are left as they were found best.
+
+    Args:
+        engine: The model, with several kinds of trainable parameters.
+        examples: As for `measure_noise`.
+
+    Returns:
+        eps and reach for all kinds at once, smaller than those of one because their effects add up,
+        and the unit of each kind.
+
+    Raises:
+        ZoError: As `measure_noise`.
+    """
+    kinds = engine.parameters.kinds
+    found = {}
+    for kind in kinds:
+        engine.parameters.set_units({other: float(other == kind) for other in kinds})
+        found[kind] = measure_noise(engine, examples)
+    first = found[kinds[0]].eps
+    units = {kind: found[kind].eps / first for kind in kinds}
+    engine.parameters.set_units(units)
+    reach = min(found[kind].reach / units[kind] for kind in kinds)
+    together = np.sqrt(len(kinds))
+    return float(f"{first / together:.2g}"), float(reach / together), units
+
+
+def _differences(engine: Engine, examples: Sequence[Example], eps: float, seeds: range) -> Array:
+    """L(theta + eps z) - L(theta - eps z) of every seed and row, (n_seeds, n_rows)."""
+    probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
+    losses = engine.losses(examples, probes)
+    with np.errstate(invalid="ignore"):  # inf - inf: the caller looks
+        return np.asarray(losses[0::2] - losses[1::2], np.float64)
+
+
+def _not_finite(eps: float) -> str:
+    return (
+        f"The loss is not finite at eps {eps:g}; check the model and the data with `zo-gguf eval`, "
+        "or give a smaller --eps and a --learning-rate."
+    )
+
+
+def _unrest(rungs: list[Array], ladder: list[float]) -> list[float]:
+    """Noise of a loss difference if noise alone moved the slopes, for every pair of rungs.
+
+    Noise gives the same at every pair, curvature eight times as much at each as at the one before.
+    So the smallest bounds the floor from above, and at the eps that matter: perturbations that
+    should change nothing flip fewer of the activations' codes than real ones.
+    """
+    pairs = zip(rungs, rungs[1:], ladder, strict=False)
+    return [2 * eps * _rms(after - before) / np.sqrt(1.25) for before, after, eps in pairs]
+
+
+def _bends(rows: list[Array], ladder: list[float], floor: float) -> bool:
+    """Whether the slopes moved from one rung to the next by more than noise explains."""
+    unrest = _unrest(rows, ladder)
+    return _moved(rows[-2], rows[-1]) > _NONLINEAR and unrest[-1] > _CLEAR * max(floor, min(unrest))
+
+
+def _bends_at_once(rows: list[Array], ladder: list[float]) -> bool:
+    """Whether curvature moved the slopes between the first two rungs already."""
+    unrest = _unrest(rows, ladder)
+    return _moved(rows[0], rows[1]) > _NONLINEAR and unrest[1] > _CLEAR * unrest[0]
+
+
+def _saturates(rows: list[Array], ladder: list[float], floor: float) -> bool:
+    """Whether the first two rungs move the loss equally far, and by much more than noise does."""
+    near, far = (eps * _rms(slopes) for eps, slopes in zip(ladder, rows, strict=True))
+    return far < 1.5 * near and 2 * near > 10 * floor
+
+
+def _moved(before: Array, after: Array) -> float:
+    """Relative change of the slopes from one rung to another."""
+    return _rms(after - before) / max(_rms(after), 1e-300)
+
+
+def _fit(ladder: Array, slopes: Array, floor: float) -> tuple[float, float, Array]:
+    """Fit slope(eps) = g + k eps^2 for every column of slopes.
+
+    Noise in the fit itself looks like slopes and curvature; it is known, so it can be taken out.
+
+    Args:
+        ladder: (n_rungs,) ascending eps.
+        slopes: (n_rungs, n).
+        floor: Noise of a loss difference; a slope's noise is floor / (2 eps), which sets weights.
+
+    Returns:
+        Root mean squares of g and k, and what of them is noise, (2,).
+    """
+    design = np.stack([np.ones_like(ladder), ladder**2], axis=1) * ladder[:, None]
+    solution, *_ = np.linalg.lstsq(design, slopes * ladder[:, None], rcond=None)
+    noise = np.sqrt(np.diag(np.linalg.inv(design.T @ design))) * (floor / 2)
+    return _rms(solution[0]), _rms(solution[1]), noise
+
+
+def _choose(ladder: Array, slopes: Array, floor: float, reach: float) -> NoiseReport:
+    """Minimize the expected error over eps, from slopes of the mean loss, (n_rungs, n_seeds)."""
+    g, k, noise = _fit(ladder, slopes, floor)
+    if not g > 0:
+        raise ZoError(NO_SLOPE)
+    k = _less(k, noise[1], 1e-3 * k)
+    grid = np.geomspace(ladder[0], ladder[-1], 200)
+    error = np.sqrt((floor / (2 * grid)) ** 2 + (k * grid**2) ** 2) / g
+    best = int(error.argmin())
+    eps = float(f"{grid[best]:.2g}")
+    return NoiseReport(eps=eps, floor=floor, slope=g, error=float(error[best]), reach=reach)
+
+
+def _reach(ladder: Array, slopes: Array, floor: float) -> float:
+    """See `NoiseReport`, from slopes of single rows, (n_rungs, n_seeds, n_rows).
+
+    There are many more of those than of slopes of the mean loss, and they do not vanish where the
+    mean does.
+    """
+    g, k, noise = _fit(ladder, slopes.reshape(len(ladder), -1), floor)
+    g, k = _less(g, noise[0], 0.1 * g), _less(k, noise[1], 1e-3 * k)
+    farthest = float(ladder[-1])  # that was looked at
+    return farthest if k == 0 else min(float(np.sqrt(_BENT * g / k)), farthest)
+
+
+def _less(value: float, noise: float, least: float) -> float:
+    """A root mean square without the noise in it, but not below `least`."""
+    return float(np.sqrt(max(value**2 - noise**2, least**2)))
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

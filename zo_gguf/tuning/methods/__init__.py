@@ -1,0 +1,87 @@
+"""The methods: what is trained. One file and one line each.
+
+A method is a function from the options and the base to a `Delta`: which parameters are trained, and
+the theta they start at. Everything else (perturbing, committing, saving, merging) follows from it.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.config.option import nearest
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.params.delta import Delta, DeltaHeader
+from zo_gguf.tuning.methods.block_scale import block_scale
+from zo_gguf.tuning.methods.dense import dense
+from zo_gguf.tuning.methods.lora import lora
+from zo_gguf.tuning.methods.magnitude import magnitude
+from zo_gguf.tuning.methods.norm import norm
+from zo_gguf.tuning.methods.sensitive import sensitive
+from zo_gguf.tuning.methods.subspace import subspace
+
+METHODS: dict[str, Callable[[TuneConfig, GgufFile], Delta]] = {
+    "sensitive": sensitive,
+    "magnitude": magnitude,
+    "norm": norm,
+    "block-scale": block_scale,
+    "subspace": subspace,
+    "lora": lora,
+    "dense": dense,
+}
+
+
+def check_method(name: str) -> None:
+    """Raise ZoError unless `name` is a method, or several joined by "+"."""
+    for part in name.split("+"):
+        if part not in METHODS:
+            known = ", ".join(METHODS)
+            raise ZoError(f"There is no method {part!r}{nearest(part, METHODS)} Known: {known}.")
+
+
+def start(config: TuneConfig, gguf: GgufFile) -> Delta:
+    """What a run trains, at its first theta; "a+b" trains the parameters of both.
+
+    Raises:
+        ZoError: There is no such method, an option or the base does not fit, two methods train the
+            same tensor in ways that exclude each other, or the estimator cannot perturb it.
+    """
+    check_method(config.method)
+    delta = _start(config, gguf)
+    if config.estimator == "grzo" and delta.live:
+        raise ZoError(
+            "grzo needs parameters that can differ between the rows of a decode, and these are "
+            "edited in place: use it with sensitive, norm, lora or subspace, or take another "
+            "--estimator."
+        )
+    return delta
+
+
+def _start(config: TuneConfig, gguf: GgufFile) -> Delta:
+    deltas = [METHODS[part](config, gguf) for part in config.method.split("+")]
+    if len(deltas) == 1:
+        return deltas[0]
+    sparse = [delta for delta in deltas if delta.tensors]
+    edited = Counter(name for delta in deltas for name in delta.edits)
+    multiplied = Counter(name for delta in deltas for name in delta.low_rank)
+    whole = {n for delta in deltas for n, edit in delta.live.items() if edit.kind == "weight"}
+    twice = len(sparse) > 1 or any(n > 1 for count in (edited, multiplied) for n in count.values())
+    if twice or any(whole & set(delta.changed) for delta in deltas):
+        raise ZoError(
+            f"The methods of {config.method!r} would train the same weights twice; "
+            "combine sparse entries, scales and low-rank products, such as sensitive+block-scale "
+            "or block-scale+lora, or take methods of different tensors, such as norm+lora."
+        )
+    parts = [delta.theta[: delta.n_sparse] for delta in sparse]
+    parts += [delta.theta[part] for delta in deltas for part in delta.edit_slices().values()]
+    parts += [delta.theta[part] for delta in deltas for part in delta.low_rank_slices().values()]
+    return Delta(
+        sparse[0].tensors if sparse else {},
+        sparse[0].shapes if sparse else {},
+        np.concatenate(parts),
+        DeltaHeader(gguf.path.name, deltas[0].header.base_sha256, config.method),
+        {name: edit for delta in deltas for name, edit in delta.edits.items()},
+        {name: product for delta in deltas for name, product in delta.low_rank.items()},
+    )

@@ -1,0 +1,72 @@
+"""`subspace`: tune a small matrix Z between fixed random bases (SubZero, arXiv 2410.08989).
+
+Each matrix W (m, n) gets W + c U Z V^T beside it, with U (m, r) and V (n, r) orthonormal, from QR
+of seeded Gaussians (`--factors gaussian`: the Gaussians themselves, nearer to LOZO, 2410.07698), Z
+(r, r) the masters, and c = sqrt(m n) / r, which gives a perturbation the size of a dense one. After
+`--refresh` steps new bases follow and the earlier products stay, so the rank grows; 0 keeps one
+subspace. Memory: 8 r (m + n) bytes per matrix and window. The result is an exact LoRA.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.masks.placement import check_rank, matching_matrices
+from zo_gguf.params.delta import Delta, DeltaHeader
+from zo_gguf.params.kinds import LowRank, Products, Vector
+
+_MAX_RANK = 512  # of all windows of a matrix together
+
+
+def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
+    """Z = 0 for all attention and MLP matrices, or for those that --train names.
+
+    Raises:
+        ZoError: No matrix is chosen, or the windows of a whole run need too high a rank.
+    """
+    names = matching_matrices(gguf, config.train)
+    n_windows = -(-config.iters // config.refresh) if config.refresh else 1
+    check_rank(gguf, names, config.rank)
+    if n_windows * config.rank > _MAX_RANK:
+        raise ZoError(
+            f"{n_windows} subspaces of rank {config.rank} need rank {n_windows * config.rank}, but "
+            f"at most {_MAX_RANK} is possible; lower --rank, or raise --refresh (0: one subspace "
+            "for the whole run)."
+        )
+    products: Products = {}
+    for number, name in enumerate(names):
+        n_rows, n_cols = gguf.tensors[name].shape
+        bases = _Bases(config.seed, number, config.rank, config.factors == "orthogonal")
+        products[name] = LowRank(
+            "subspace",
+            n_rows,
+            n_cols,
+            config.rank,
+            float(np.sqrt(n_rows * n_cols) / config.rank),
+            config.refresh,
+            np.stack([bases.draw(window, 0, n_rows) for window in range(n_windows)]),
+            np.stack([bases.draw(window, 1, n_cols) for window in range(n_windows)]),
+        )
+    theta = np.zeros(sum(product.size for product in products.values()), np.float32)
+    header = DeltaHeader.of(gguf, "subspace")
+    return Delta({}, {}, theta, header, low_rank=products)
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """The random bases of one matrix."""
+
+    seed: int
+    number: int
+    rank: int
+    orthogonal: bool
+
+    def draw(self, window: int, side: int, n: int) -> Vector:
+        """Basis vectors as rows, float32 (rank, n), of length 1 (on average, if Gaussian)."""
+        random = np.random.Generator(np.random.PCG64([self.seed, self.number, window, side]))
+        gaussian = random.standard_normal((n, self.rank))
+        basis = np.linalg.qr(gaussian)[0] if self.orthogonal else gaussian / np.sqrt(n)
+        return np.ascontiguousarray(basis.T, dtype=np.float32)

@@ -1,0 +1,135 @@
+"""What a run trains: the method's parameters, in the engine or, for a replay, without one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.model import default_threads, native_library
+from zo_gguf.engine.parameters import Parameters
+from zo_gguf.errors import ZoError
+from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.params.delta import Delta
+from zo_gguf.tuning.estimator import distribution_of
+from zo_gguf.tuning.methods import start
+
+Vector = NDArray[np.float32]
+
+
+class Trainable:
+    """The parameters of a run.
+
+    Making one reads and checks the files that define them, but loads no model.
+
+    Raises:
+        ZoError: A file or option cannot be used.
+    """
+
+    def __init__(self, config: TuneConfig) -> None:
+        self._config = config
+        self._gguf = GgufFile(config.model)
+        self.start = start(config, self._gguf)
+        self._engine: Engine | None = None
+        self._own: Parameters | None = None
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of the tensors of the base GGUF."""
+        return self.start.header.base_sha256
+
+    def theta0(self) -> Vector:
+        """The masters before the first step, (nnz,)."""
+        return self.start.theta.copy()
+
+    def place(self, theta: Vector, step: int) -> None:
+        """Put the parameters at theta, (nnz,), which `step` steps led to."""
+        self._parameters.write(theta, step)
+
+    def units(self) -> Vector | None:
+        """The unit of every parameter, (nnz,); None where all are 1."""
+        return self._parameters.units()
+
+    def set_units(self, units: Mapping[str, float]) -> None:
+        """See `Parameters.set_units`.
+
+        Raises:
+            ZoError: A kind is none of those that are trained.
+        """
+        for kind in units:
+            if kind not in self.kinds:
+                trained = ", ".join(self.kinds)
+                raise ZoError(f"unit {kind!r} is no kind that this run trains; those: {trained}.")
+        self._parameters.set_units(units)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of parameters."""
+        return self._parameters.kinds
+
+    @property
+    def farthest(self) -> float:
+        """How far weights may move before most outgrow a method's threshold of magnitude."""
+        limits = [edit.limit for edit in self.start.live.values()]
+        return min(limits, default=math.inf) / 2 / self._parameters.live_unit
+
+    @property
+    def n_lasting(self) -> int:
+        """Masters, from the first one on, that mean the same in the whole run: no subspace's."""
+        renewed = [edit.size for edit in self.start.low_rank.values() if edit.refresh > 0]
+        return int(self.start.theta.size) - sum(renewed)
+
+    def begins_anew(self, step: int) -> bool:
+        """Whether the step after `step` steps trains other subspaces than the one before."""
+        edits = self.start.low_rank.values()
+        return step > 0 and any(edit.window(step) != edit.window(step - 1) for edit in edits)
+
+    def confine(self, theta: Vector) -> None:
+        """Keep the masters of scales, in place, where their scales keep their signs."""
+        slices = self.start.edit_slices()
+        for name, edit in self.start.live.items():
+            if edit.kind == "scale":
+                part = slices[name]
+                edit.confine(theta[part], self.start.theta[part])
+
+    def noise(self, seed: int, signs: int = 0) -> Vector:
+        """z(seed), (nnz,), where the parameters stand; needs no model."""
+        return self._parameters.noise(seed, signs)
+
+    @property
+    def _parameters(self) -> Parameters:
+        if self._engine is not None:
+            return self._engine.parameters
+        if self._own is None:
+            self._own = Parameters(
+                native_library(),
+                self.start,
+                self._gguf,
+                self._config.threads or default_threads(),
+                distribution_of(self._config),
+            )
+        return self._own
+
+    def open_engine(self) -> Engine:
+        """Load the model with these parameters."""
+        config = self._config
+        width = config.probes_per_decode
+        signs = config.estimator == "grzo"  # which no adapter has
+        self._engine = Engine(
+            self._gguf,
+            mask=self.start,
+            n_threads=config.threads,
+            ctx_tokens=config.ctx_tokens,
+            n_gpu_layers=config.n_gpu_layers,
+            probes_per_decode=width if isinstance(width, int) else 1,
+            distribution=distribution_of(config),
+            path="hook" if signs and config.path == "auto" else config.path,
+        )
+        return self._engine
+
+    def to_delta(self, theta: Vector, provenance: dict[str, Any]) -> Delta:
+        """The learned masters as a file can hold them."""
+        return self.start.with_theta(theta, provenance)

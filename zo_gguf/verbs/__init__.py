@@ -1,0 +1,1 @@
+"""One module per command; `tune` is the one to read first."""

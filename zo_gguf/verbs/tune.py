@@ -1,0 +1,291 @@
+"""`zo-gguf tune`: zeroth-order fine-tuning. Read this file first.
+
+A step draws rows, measures the loss near theta along random directions, writes what it measured to
+the trajectory, and commits. The loop knows no method or optimizer.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zo_gguf.config import TuneConfig
+from zo_gguf.config.tune import parse_units
+from zo_gguf.data.dataset import Example, digest_examples, load_train_valid
+from zo_gguf.data.draw import Draw
+from zo_gguf.engine.engine import Engine
+from zo_gguf.errors import ZoError
+from zo_gguf.files import locked, require_file
+from zo_gguf.interrupt import Interrupt
+from zo_gguf.params.delta import Delta
+from zo_gguf.tuning.adjust import Adjustment, required_features
+from zo_gguf.tuning.calibrate import measure_noise, measure_units
+from zo_gguf.tuning.clip import Clip
+from zo_gguf.tuning.estimator import estimate, trouble, unit_size
+from zo_gguf.tuning.optimizer import check_optimizer, default_learning_rate
+from zo_gguf.tuning.progress import Progress
+from zo_gguf.tuning.report import TuneResult, finish
+from zo_gguf.tuning.run import TARGETS_FILE, Run, State, open_trajectory
+from zo_gguf.tuning.schedule import learning_rate
+from zo_gguf.tuning.targets import choose_targets
+from zo_gguf.tuning.trainable import Trainable
+from zo_gguf.tuning.trajectory import Record, Trajectory
+from zo_gguf.tuning.width import choose_width, in_words
+from zo_gguf.verbs.evaluate import EvalResult, measure
+
+MEASURED_ROWS = 16  # for eps
+_START_AGAIN = (
+    "Start again with a lower --learning-rate or another --eps. The best checkpoint is kept."
+)
+
+
+@dataclass
+class Session:
+    """Everything the loop needs, opened."""
+
+    run: Run
+    trainable: Trainable
+    engine: Engine
+    draw: Draw
+    valid: Sequence[Example]
+    trajectory: Trajectory
+    state: State
+    clip: Clip
+    adjustment: Adjustment
+
+    @property
+    def config(self) -> TuneConfig:
+        """The run's options, resolved."""
+        return self.run.config
+
+
+def tune(config: TuneConfig) -> TuneResult:
+    """Fine-tune a quantized GGUF with forward passes only.
+
+    Raises:
+        ZoError: An option, file or row cannot be used, or the loss is not finite.
+        KeyboardInterrupt: After Ctrl-C, with everything saved.
+    """
+    refuse_unread_mask(config)
+    paths = {name: getattr(config, name) for name in ("model", "mask", "data", "output")}
+    absolute = {name: os.path.abspath(path) for name, path in paths.items() if path}
+    config = dataclasses.replace(config, **absolute)
+    Run.check_folder(config)
+    return _tune(config, config.output, lambda: Run.create(config))
+
+
+def refuse_unread_mask(config: TuneConfig) -> None:
+    """Raise ZoError for a mask that was given and would not be trained."""
+    if config.mask and not config.reads_mask:
+        raise ZoError(
+            f"--method {config.method} reads no mask; leave --mask out, or take --method sensitive."
+        )
+
+
+def resume(run: str | os.PathLike[str]) -> TuneResult:
+    """Go on with a run that was interrupted or killed; the result is bit for bit the same.
+
+    Raises:
+        ZoError: As `tune`; also when the run's files were altered.
+    """
+    opened = Run.open(run)
+    return _tune(opened.config, run, lambda: opened)
+
+
+def _tune(
+    config: TuneConfig, folder: str | os.PathLike[str], open_run: Callable[[], Run]
+) -> TuneResult:
+    """Open everything, run the loop, report. Nothing is written before all input was read."""
+    check_optimizer(config.optimizer)
+    require_file(config.model, "model")
+    trainable = Trainable(config)
+    with trainable.open_engine() as engine:
+        trainable.set_units(parse_units(config.unit))  # refused before anything is written
+        train, valid = load_rows(config, engine)
+        draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
+        measured = {
+            "features": required_features(train, config.n_rows) if config.adjust else 0,
+            "rows_sha256": digest_examples([*train, *valid]),
+        }
+        with locked(folder, "run folder"):
+            return _train(open_run(), trainable, engine, draw, valid, measured)
+
+
+def _train(
+    run: Run,
+    trainable: Trainable,
+    engine: Engine,
+    draw: Draw,
+    valid: Sequence[Example],
+    measured: dict[str, Any],
+) -> TuneResult:
+    """Bring back what the run's files hold, run the loop from there, report."""
+    trajectory = open_trajectory(run, trainable, measured)
+    try:
+        run.reload_metrics(trajectory.n_records)
+        state = run.load_state(trainable, trajectory.n_records)
+        trainable.place(state.theta, state.step)
+        clip, adjustment = Clip(run.config.clip), Adjustment(measured["features"])
+        for record in trajectory.records():
+            clip.remember(record.directions)
+            adjustment.remember(record.features)
+            if record.step > state.step:
+                state.apply(record, trainable)
+        session = Session(run, trainable, engine, draw, valid, trajectory, state, clip, adjustment)
+        _resolve(session)
+        with Interrupt() as interrupt:
+            _loop(session, interrupt)
+    finally:
+        trajectory.close()
+    return finish(run, trainable, state)
+
+
+def _resolve(session: Session) -> None:
+    """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
+    config, engine = session.config, session.engine
+    targets = choose_targets(
+        config,
+        engine,
+        session.draw,
+        session.run.path / TARGETS_FILE,
+        begun=session.trajectory.n_records > 0,
+    )
+    config = dataclasses.replace(config, targets=targets)
+    # The rows of some steps, where those of one are too few to tell much.
+    steps = range(max(1, MEASURED_ROWS // config.n_rows))
+    rows = [row for step in steps for row in session.draw(step)]
+    reach = 0.0
+    if measures_units(config, session.trainable):
+        eps, reach, units = measure_units(engine, rows)
+        config = dataclasses.replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
+        if config.eps == "auto":
+            config = dataclasses.replace(config, eps=eps)
+        session.trainable.set_units(parse_units(config.unit))
+        print(f"units {', '.join(config.unit)}", file=sys.stderr)
+    if config.probes_per_decode == "auto":
+        seconds = choose_width(engine, rows[: config.n_rows], config)
+        config = dataclasses.replace(config, probes_per_decode=engine.probes_per_decode)
+        if len(seconds) > 1:
+            print(in_words(seconds), file=sys.stderr)
+    if config.eps == "auto" or (config.learning_rate is None and not reach):
+        report = measure_noise(engine, rows)
+        reach = report.reach
+        if config.eps == "auto":
+            print(report.render(), file=sys.stderr)
+            config = dataclasses.replace(config, eps=report.eps)
+    if config.learning_rate is None:
+        size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
+        rate = default_learning_rate(
+            config.optimizer,
+            reach,
+            size,
+            config.iters,
+            config.slopes_per_step,
+            session.trainable.farthest,
+        )
+        config = dataclasses.replace(config, learning_rate=rate)
+    print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
+    fixed = dataclasses.replace(config, threads=engine.n_threads, path=engine.path)
+    session.run.save_config(fixed)
+
+
+def measures_units(config: TuneConfig, trainable: Trainable) -> bool:
+    """Whether eps is measured for every kind of parameter on its own."""
+    return len(trainable.kinds) > 1 and not config.unit
+
+
+def load_rows(config: TuneConfig, engine: Engine) -> tuple[list[Example], list[Example]]:
+    """The rows to train on, and the --valid-rows to validate with.
+
+    Raises:
+        ZoError: A file or row cannot be used.
+    """
+    train, valid = load_train_valid(
+        config.data,
+        engine,
+        val_split=config.val_split,
+        max_tokens=config.max_seq_length,
+        train_on=config.train_on,
+        fields=config.field,
+    )
+    return train, valid[: config.valid_rows or None]
+
+
+def _loop(session: Session, interrupt: Interrupt) -> None:
+    """The step loop."""
+    config, state = session.config, session.state
+    engine, run = session.engine, session.run
+    with Progress(config, state.step) as progress:
+        while True:
+            if _validation_due(session):
+                progress.validated(state.step, _validate(session))
+            if state.step >= config.iters or _out_of_patience(session):
+                break
+            if interrupt.requested:
+                _save(session)
+                interrupt.leave(run.path)
+            rows = session.draw(state.step)
+            directions, scores = estimate(engine, rows, config, state.step, session.adjustment)
+            if problem := trouble(directions, scores):
+                _save(session)
+                raise ZoError(f"{problem} at step {state.step + 1}. {_START_AGAIN}")
+            directions = session.clip(directions)
+            session.clip.remember(directions)
+            features = tuple(session.adjustment.features(scores.residuals).mean(axis=0).tolist())
+            session.adjustment.remember(features)
+            rate = learning_rate(config, state.step)
+            record = Record(state.step + 1, rate, directions, features)
+            session.trajectory.append(record)
+            try:
+                state.apply(record, session.trainable)
+            except ZoError as error:
+                session.trajectory.drop_last()  # so that the steps before it can be replayed
+                raise ZoError(f"Step {record.step} failed: {error} {_START_AGAIN}") from error
+            progress.stepped(record, scores, run)
+            if state.step % config.save_every == 0:
+                _save(session)
+    _save(session)
+
+
+def _validation_due(session: Session) -> bool:
+    step, config = session.state.step, session.config
+    if not session.valid or step in session.run.validations:
+        return False
+    regular = config.valid_every > 0 and step % config.valid_every == 0
+    return step == 0 or regular or step >= config.iters
+
+
+def _validate(session: Session) -> EvalResult:
+    """Measure the validation rows; keep the delta if it is the best so far."""
+    run, step = session.run, session.state.step
+    result = measure(session.engine, session.valid, label="valid")
+    best = run.best_step()
+    if best is None or result.loss < run.validations[best]["valid_loss"]:
+        # Before the line that makes it official: a kill in between only repeats the measurement.
+        _to_delta(session, result).save(run.checkpoint("best"))
+    run.log(step=step, valid_loss=result.loss, valid_accuracy=result.accuracy, n=result.n)
+    return result
+
+
+def _to_delta(session: Session, result: EvalResult | None = None) -> Delta:
+    provenance: dict[str, Any] = {"step": session.state.step, "seed": session.config.seed}
+    if result is not None:
+        provenance["valid_loss"] = result.loss
+    return session.trainable.to_delta(session.state.theta, provenance)
+
+
+def _out_of_patience(session: Session) -> bool:
+    """Whether the last `patience` validations all failed to improve on the best."""
+    patience, best = session.config.patience, session.run.best_step()
+    if patience == 0 or best is None:
+        return False
+    return sum(step > best for step in session.run.validations) >= patience
+
+
+def _save(session: Session) -> None:
+    """Checkpoint; the trajectory reaches the disk first, because the checkpoint builds on it."""
+    session.trajectory.sync()
+    session.run.save_state(session.state)
+    _to_delta(session).save(session.run.checkpoint("latest"))
