@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zo_gguf.gguf_files.block_codes import BlockCodes, read_blocks
-from zo_gguf.gguf_files.blocks import Layout
+from zo_gguf.gguf_files.blocks import BlockCodes, Layout, read_blocks
 from zo_gguf.merging.input_moments import (
     LARGEST_FACTOR,
     InputMoments,

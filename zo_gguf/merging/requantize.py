@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from zo_gguf.engine.ggml_quant import SUPPORTED, quantize_blocks
 from zo_gguf.errors import ZoError
-from zo_gguf.gguf_files.block_codes import read_blocks
-from zo_gguf.gguf_files.blocks import Layout, layout_of
+from zo_gguf.gguf_files.blocks import Layout, layout_of, read_blocks
 from zo_gguf.gguf_files.file import dequantize_rows
 from zo_gguf.merging.step_search import Groups, search_steps
 
