@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from zo_gguf.config.option import parse_fields
-from zo_gguf.data.encode import Encoder
+from zo_gguf.data.encode import Encoder, Tokenizer
 from zo_gguf.data.encode import Example as Example
 from zo_gguf.data.rows import read_rows
-from zo_gguf.data.tokenizing import Tokenizer
 from zo_gguf.errors import ZoError
 
 _log = logging.getLogger(__name__)

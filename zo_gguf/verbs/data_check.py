@@ -16,7 +16,7 @@ from typing import Any
 
 from zo_gguf.config import DataCheckConfig
 from zo_gguf.data.dataset import Example, find_split, iter_examples
-from zo_gguf.data.tokenizing import Tokenizer
+from zo_gguf.data.encode import Tokenizer
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 
