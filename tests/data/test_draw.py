@@ -5,8 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from zo_gguf.data.dataset import Example
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw, Example
 
 
 def choice_rows(counts: list[int]) -> list[Example]:

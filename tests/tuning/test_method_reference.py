@@ -31,8 +31,7 @@ from tests.helpers.estimator_formulas import (
     spsa,
 )
 from tests.helpers.method_formulas import Base, make_base
-from zo_gguf.data.dataset import Example, load_examples
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw, Example, load_examples
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import native_library
 from zo_gguf.engine.parameters import Parameters

@@ -11,8 +11,7 @@ import torch
 
 from tests.helpers.reference import torch_model
 from zo_gguf.config import TuneConfig
-from zo_gguf.data.dataset import Example
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.probe import Scores
 from zo_gguf.errors import ZoError

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from tests.helpers import reference  # the tests' torch model
 from zo_gguf.config import MASK_SUFFIX, TuneConfig
-from zo_gguf.data.dataset import Example, load_examples, load_train_valid
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw, Example, load_examples, load_train_valid
 from zo_gguf.engine.batch import build_request
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError

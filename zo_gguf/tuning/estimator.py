@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.data.dataset import Example
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine, Probe, Scores
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import NORMAL, RADEMACHER

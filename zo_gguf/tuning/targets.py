@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw
 from zo_gguf.data.encode import Example
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError

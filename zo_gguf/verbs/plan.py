@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile

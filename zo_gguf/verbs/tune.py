@@ -13,8 +13,7 @@ from typing import Any
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.config.tune import parse_units
-from zo_gguf.data.dataset import Example, digest_examples, load_train_valid
-from zo_gguf.data.draw import Draw
+from zo_gguf.data.dataset import Draw, Example, digest_examples, load_train_valid
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.files import locked, require_file
