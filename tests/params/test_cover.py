@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from zo_gguf.params.cover import line_cover
-from zo_gguf.params.select import SelectionPath, greedy_lines, smallest_rank, top_k
+from zo_gguf.params.select import SelectionPath, greedy_lines, line_cover, smallest_rank, top_k
 
 Shape = tuple[int, int]
 

@@ -17,9 +17,9 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging.stock import measure_stock
 from zo_gguf.params import lora
-from zo_gguf.params.cover import line_cover
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.lora import best_factors, check_lora, exact_factors, write_lora
+from zo_gguf.params.select import line_cover
 from zo_gguf.verbs.merge import merge
 
 HEADER = DeltaHeader("base.gguf", "0" * 64)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.write import NewTensor, Value, key_record, write_gguf
-from zo_gguf.params.cover import line_cover
 from zo_gguf.params.delta import Delta
+from zo_gguf.params.select import line_cover
 
 F32 = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
-from zo_gguf.params.cover import line_cover
+from zo_gguf.params.select import line_cover
 from zo_gguf.params.sparse_file import (
     FORMAT_VERSION,
     SparseEntries,
