@@ -14,8 +14,7 @@ from zo_gguf.engine.parameters import AT_THETA, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import Hook
-from zo_gguf.params.delta import Delta
-from zo_gguf.params.entries import open_entries
+from zo_gguf.params.delta import Delta, open_entries
 
 _ATTRIBUTE = "_zo_gguf_attachment"
 

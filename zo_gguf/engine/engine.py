@@ -33,8 +33,7 @@ from zo_gguf.engine.sequences import pack, repetitions
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import NORMAL, Hook, Tensors
-from zo_gguf.params.delta import Delta
-from zo_gguf.params.entries import open_entries
+from zo_gguf.params.delta import Delta, open_entries
 from zo_gguf.params.mask import Mask
 
 Vector = NDArray[np.float64]
