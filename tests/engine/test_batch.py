@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from zo_gguf.data.dataset import Example
-from zo_gguf.engine.batch import build_request, lay_out, reduce_losses
+from zo_gguf.engine.batch import build_request, lay_out, pack, reduce_losses
 from zo_gguf.engine.probe import Scores
-from zo_gguf.engine.sequences import pack
 from zo_gguf.errors import ZoError
 
 

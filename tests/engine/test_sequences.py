@@ -11,9 +11,15 @@ from gguf import GGMLQuantizationType as Type
 from tests.engine.test_batch import choice_row
 from tests.helpers.tiny_gguf import random_delta, write_llama
 from zo_gguf.data.dataset import Example
-from zo_gguf.engine.batch import build_request, lay_out
+from zo_gguf.engine.batch import (
+    MAX_SEQUENCES,
+    TokenSequence,
+    build_request,
+    lay_out,
+    pack,
+    repetitions,
+)
 from zo_gguf.engine.engine import Engine, Probe, Scores
-from zo_gguf.engine.sequences import MAX_SEQUENCES, TokenSequence, pack, repetitions
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 

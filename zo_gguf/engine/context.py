@@ -8,10 +8,9 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from zo_gguf.engine.batch import DecodeBatch
+from zo_gguf.engine.batch import MAX_SEQUENCES, DecodeBatch
 from zo_gguf.engine.discard import Discard, worth_discarding
 from zo_gguf.engine.model import engine_batch, quiet_engine, use_adapter
-from zo_gguf.engine.sequences import MAX_SEQUENCES
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import Hook, Tensors
 from zo_gguf.native import ON_CPU, Library, pointer

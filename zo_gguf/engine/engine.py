@@ -20,7 +20,9 @@ from zo_gguf.engine.batch import (
     branch_per_example,
     build_request,
     lay_out,
+    pack,
     reduce_losses,
+    repetitions,
 )
 from zo_gguf.engine.context import Context
 from zo_gguf.engine.hidden import hidden_states
@@ -29,7 +31,6 @@ from zo_gguf.engine.parameters import Parameters
 from zo_gguf.engine.probe import AT_THETA, Matrix, Probes
 from zo_gguf.engine.probe import Probe as Probe
 from zo_gguf.engine.probe import Scores as Scores
-from zo_gguf.engine.sequences import pack, repetitions
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import NORMAL, Hook, Tensors

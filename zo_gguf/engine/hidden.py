@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from zo_gguf.engine.batch import lay_out
+from zo_gguf.engine.batch import TokenSequence, lay_out
 from zo_gguf.engine.model import engine_batch, quiet_engine
-from zo_gguf.engine.sequences import TokenSequence
 from zo_gguf.errors import ZoError
 
 _TOKENS = 256  # of a decode: llama.cpp makes the logits of each as well, which take memory
