@@ -5,20 +5,75 @@ Needs no model, so that a trajectory can be replayed without one.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from zo_gguf.engine.edit_noise import FIRST_LOW_RANK, EditNoise
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import NORMAL, Gain, Hook, InPlace, LowRank, Store
-from zo_gguf.native import Library
+from zo_gguf.handles import NORMAL, RADEMACHER, Gain, Hook, InPlace, LowRank, Store
+from zo_gguf.native import FLOATS, Library
 from zo_gguf.parallel import in_blocks
 from zo_gguf.params.delta import Delta
-from zo_gguf.params.kinds import Edit, Live
+from zo_gguf.params.kinds import Edit, Gain, Live, LowRank
 from zo_gguf.params.scales import field_of, scale_resolution
+
+Vector = NDArray[np.float32]
+# The noise's tensor numbers; those below are the native parts'.
+FIRST_LOW_RANK, FIRST_GAIN = 1 << 31, 3 << 30
+
+
+class EditNoise:
+    """z(seed) of one edit; with signs, that of one example (GRZO, arXiv 2606.02857).
+
+    Args:
+        library: libzo.
+        distribution: NORMAL or RADEMACHER: what z is drawn from.
+    """
+
+    def __init__(self, library: Library, distribution: int) -> None:
+        self._library, self._distribution = library, distribution
+
+    def of_gain(self, number: int, edit: Gain, seed: int, signs: int = 0) -> Vector:
+        """z of the number-th gain, (edit.size,)."""
+        return self._signed(FIRST_GAIN + number, edit, slice(0, edit.size), seed, signs)
+
+    def of_low_rank(
+        self, number: int, edit: LowRank, step: int, seed: int, signs: int = 0
+    ) -> Vector:
+        """z of the masters of the number-th product that the step after `step` steps trains."""
+        return self._signed(FIRST_LOW_RANK + number, edit, edit.trained(step), seed, signs)
+
+    def _signed(
+        self, tensor: int, edit: Gain | LowRank, part: slice, seed: int, signs: int
+    ) -> Vector:
+        z = self._draw(self._distribution, seed, tensor, part)
+        if signs == 0:
+            return z
+        height, widths = edit.matrices
+        flips = self._draw(RADEMACHER, signs, tensor, slice(0, height + sum(widths)))
+        rows, *columns = np.split(flips, list(accumulate(widths[:-1], initial=height)))
+        first = 0
+        for column in columns:
+            end = first + height * column.size
+            matrix = z[first:end].reshape(height, -1)
+            matrix *= rows[:, None]
+            matrix *= column
+            first = end
+        return z
+
+    def _draw(self, distribution: int, seed: int, tensor: int, part: slice) -> Vector:
+        z = np.empty(part.stop - part.start, np.float32)
+        self._library.call(
+            "zo_noise", distribution, seed, tensor, part.start, z.size, z.ctypes.data_as(FLOATS)
+        )
+        return z
+
+
+# ---- theta ---------------------------------------------------------------------------------------
+
 
 Vector = NDArray[np.float32]
 BranchOf = tuple[int, int, float]
