@@ -20,8 +20,13 @@ import zo_gguf
 from zo_gguf.config import EnvConfig, InfoConfig, TuneConfig, load_config
 from zo_gguf.config.option import to_dict
 from zo_gguf.engine.amx import amx_problem
-from zo_gguf.engine.backends import cpu_features, engine_version, list_devices, supports_offload
-from zo_gguf.engine.gpu_words import gpu_in_words
+from zo_gguf.engine.backends import (
+    cpu_features,
+    engine_version,
+    gpu_in_words,
+    list_devices,
+    supports_offload,
+)
 from zo_gguf.errors import ZoError
 from zo_gguf.files import require_file
 from zo_gguf.gguf_files.file import GgufFile
