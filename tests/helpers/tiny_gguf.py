@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from zo_gguf.engine.ggml_quant import quantize_blocks
+from zo_gguf.engine.quantize import quantize_blocks
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta, DeltaHeader
 

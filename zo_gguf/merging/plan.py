@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from zo_gguf.engine.ggml_quant import quantize_blocks
+from zo_gguf.engine.quantize import quantize_blocks
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile, TensorInfo
 from zo_gguf.gguf_files.write import NewTensor, Value, copy_gguf

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from zo_gguf.engine.ggml_quant import SUPPORTED, quantize_blocks
+from zo_gguf.engine.quantize import SUPPORTED, quantize_blocks
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.blocks import Layout, layout_of, read_blocks
 from zo_gguf.gguf_files.file import dequantize_rows
