@@ -256,7 +256,7 @@ def test_logits_stay_where_they_are(
     plain = losses(delta, given.model)
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     if not vocabulary_fits:
-        monkeypatch.setattr("zo_gguf.engine.discard._MOST_BYTES", 1000)
+        monkeypatch.setattr("zo_gguf.engine.context._MOST_BYTES", 1000)
     with Engine(given.model, mask=delta, n_threads=1, path="hook", n_gpu_layers=-1) as engine:
         found = engine.losses(ROWS, PROBES)
         assert engine._context is not None

@@ -157,7 +157,7 @@ def batch(job: Job) -> Result:
 def logits(job: Job) -> Result:
     """Seconds of a probe in which every token counts; where its logits go is up to the job."""
     from zo_gguf.data.dataset import Example
-    from zo_gguf.engine import discard
+    from zo_gguf.engine import context as discard
     from zo_gguf.engine.engine import Probe
 
     discard._MOST_BYTES = 1 << 40 if job["logits"] == "device" else 0
