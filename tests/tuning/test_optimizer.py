@@ -8,8 +8,12 @@ import pytest
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.tuning.estimator import direction_seeds
-from zo_gguf.tuning.optimizer import OPTIMIZERS, default_learning_rate, gradient_estimate
-from zo_gguf.tuning.schedule import learning_rate
+from zo_gguf.tuning.optimizer import (
+    OPTIMIZERS,
+    default_learning_rate,
+    gradient_estimate,
+    learning_rate,
+)
 from zo_gguf.tuning.trajectory import Direction
 
 N = 50

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from zo_gguf.config import TuneConfig
 from zo_gguf.config.option import nearest
 from zo_gguf.errors import ZoError
 from zo_gguf.parallel import in_blocks
@@ -210,3 +211,26 @@ def default_learning_rate(
     share = _STEP_FRACTION * (n_slopes / _SLOPES * _SHORT / max(_SHORT, n_slopes * iters)) ** 0.5
     distance = min(reach * min(1.0, share), farthest / iters**0.5)
     return float(f"{distance if optimizer == 'adam' else distance / size:.2g}")
+
+
+# ---- schedule ------------------------------------------------------------------------------------
+
+
+_LAST = 0.1  # share of the learning rate left at the end of linear and cosine schedules
+
+
+def learning_rate(config: TuneConfig, step: int) -> float:
+    """Learning rate of the step after `step` steps, a pure function of both.
+
+    Args:
+        config: With a resolved `learning_rate`; linear and cosine fall to a tenth of it.
+        step: Steps done, 0 <= step < iters.
+    """
+    assert config.learning_rate is not None
+    done = step / max(1, config.iters - 1)
+    share = {
+        "constant": 1.0,
+        "linear": 1 - (1 - _LAST) * done,
+        "cosine": _LAST + (1 - _LAST) * (1 + math.cos(math.pi * done)) / 2,
+    }[config.schedule]
+    return config.learning_rate * share
