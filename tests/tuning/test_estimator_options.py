@@ -11,7 +11,6 @@ from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import branch_per_example, build_request, lay_out
 from zo_gguf.errors import ZoError
 from zo_gguf.handles import NORMAL, RADEMACHER
-from zo_gguf.tuning.clip import Clip
 from zo_gguf.tuning.estimator import (
     direction_seeds,
     distribution_of,
@@ -21,6 +20,7 @@ from zo_gguf.tuning.estimator import (
     spsa,
     trouble,
 )
+from zo_gguf.tuning.optimizer import Clip
 from zo_gguf.tuning.trajectory import Direction, Record, Trajectory
 
 # ---- losses that say nothing ---------------------------------------------------------------------
