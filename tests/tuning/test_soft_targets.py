@@ -15,10 +15,10 @@ from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.probe import Scores
 from zo_gguf.errors import ZoError
-from zo_gguf.tuning.classifier import cross_fit
 from zo_gguf.tuning.targets import (
     aim,
     choose_targets,
+    cross_fit,
     load_targets,
     save_targets,
     soft_targets,
