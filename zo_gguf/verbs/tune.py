@@ -23,8 +23,7 @@ from zo_gguf.tuning.adjust import Adjustment, required_features
 from zo_gguf.tuning.calibrate import measure_noise, measure_units
 from zo_gguf.tuning.estimator import estimate, trouble, unit_size
 from zo_gguf.tuning.optimizer import Clip, check_optimizer, default_learning_rate, learning_rate
-from zo_gguf.tuning.progress import Progress
-from zo_gguf.tuning.report import TuneResult, finish
+from zo_gguf.tuning.report import Progress, TuneResult, finish
 from zo_gguf.tuning.run import TARGETS_FILE, Run, State, open_trajectory
 from zo_gguf.tuning.targets import choose_targets
 from zo_gguf.tuning.trainable import Trainable
