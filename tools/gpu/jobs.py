@@ -126,7 +126,7 @@ def batch(job: Job) -> Result:
     from tools.bench.hook import make_examples
     from zo_gguf.config import TuneConfig
     from zo_gguf.engine.engine import Probe
-    from zo_gguf.tuning.width import choose_width
+    from zo_gguf.tuning.calibrate import choose_width
 
     engine, _ = _tuner(job | {"ctx_tokens": 2 * job["examples"] * job["tokens"]})
     examples = make_examples(job["examples"], job["tokens"] + 1, job["shape"]["vocab"])

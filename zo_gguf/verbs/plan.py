@@ -16,13 +16,12 @@ from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.adjust import required_features
-from zo_gguf.tuning.calibrate import MAX_FORWARDS
+from zo_gguf.tuning.calibrate import MAX_FORWARDS, choose_width
 from zo_gguf.tuning.estimator import estimate
 from zo_gguf.tuning.run import first_state
 from zo_gguf.tuning.targets import wants_soft
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import record_size
-from zo_gguf.tuning.width import choose_width
 from zo_gguf.verbs.tune import MEASURED_ROWS, load_rows, measures_units, refuse_unread_mask
 
 _TIMED_STEPS = 3

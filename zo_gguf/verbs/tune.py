@@ -20,7 +20,7 @@ from zo_gguf.files import locked, require_file
 from zo_gguf.interrupt import Interrupt
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.adjust import Adjustment, required_features
-from zo_gguf.tuning.calibrate import measure_noise, measure_units
+from zo_gguf.tuning.calibrate import choose_width, in_words, measure_noise, measure_units
 from zo_gguf.tuning.estimator import estimate, trouble, unit_size
 from zo_gguf.tuning.optimizer import Clip, check_optimizer, default_learning_rate, learning_rate
 from zo_gguf.tuning.report import Progress, TuneResult, finish
@@ -28,7 +28,6 @@ from zo_gguf.tuning.run import TARGETS_FILE, Run, State, open_trajectory
 from zo_gguf.tuning.targets import choose_targets
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record, Trajectory
-from zo_gguf.tuning.width import choose_width, in_words
 from zo_gguf.verbs.evaluate import EvalResult, measure
 
 MEASURED_ROWS = 16  # for eps
