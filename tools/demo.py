@@ -17,7 +17,7 @@ from typing import Any
 
 from zo_gguf.data.dataset import load_examples
 from zo_gguf.engine.engine import Engine
-from zo_gguf.merging.handover import paste_lines
+from zo_gguf.merging.result import paste_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_LLAMA = Path("tests/assets/tiny-llama")

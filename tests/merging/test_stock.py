@@ -18,8 +18,7 @@ from zo_gguf.data.dataset import Example
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.merging import stock_eval
-from zo_gguf.merging.handover import ollama_name, paste_lines
-from zo_gguf.merging.result import Retention, retention
+from zo_gguf.merging.result import Retention, ollama_name, paste_lines, retention
 from zo_gguf.merging.stock import Measured, measure_stock
 from zo_gguf.verbs.evaluate import summarize
 
