@@ -25,12 +25,12 @@ from zo_gguf.engine.batch import (
     repetitions,
 )
 from zo_gguf.engine.context import Context
-from zo_gguf.engine.hidden import hidden_states
 from zo_gguf.engine.model import Vocabulary, default_threads, load_model, native_library
 from zo_gguf.engine.parameters import Parameters
 from zo_gguf.engine.probe import AT_THETA, Matrix, Probes
 from zo_gguf.engine.probe import Probe as Probe
 from zo_gguf.engine.probe import Scores as Scores
+from zo_gguf.engine.readout import hidden_states
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import NORMAL, Hook, Tensors
