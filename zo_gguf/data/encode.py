@@ -1,6 +1,7 @@
 """One row -> one example: token ids, what counts in the loss, and how a long row is cut.
 
-The tokenizer and the chat template are always the GGUF's.
+The tokenizer and the chat template are always the GGUF's; `Tokenizer` says what is asked of the
+engine. Boundaries between parts, BOS and end tokens are settled here.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def _continuation(encode: Callable[[str], list[int]]) -> Callable[[str], list[in
     return encode_further
 
 
-# ---- tokens --------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

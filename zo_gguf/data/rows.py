@@ -1,6 +1,7 @@
-"""Rows of a data file: recognized by their keys and checked, before any tokenizer is involved.
+"""Rows of a data file (JSONL, JSON lists, CSV), checked before any tokenizer is involved.
 
-A bad row becomes a `ZoError` that names file and line, so that one pass can report all of them.
+A row is recognized by its keys. A bad row becomes a `ZoError` that names file and line, so that one
+pass can report all of them.
 """
 
 import csv
@@ -128,7 +129,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 _ROLES = {

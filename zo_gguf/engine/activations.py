@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp  # noqa: TID251 - a context of its own, with a callback in Python
+import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 

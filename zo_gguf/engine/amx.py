@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import gguf
-import llama_cpp  # noqa: TID251 - asked what it was built with, and tried
+import llama_cpp
 import numpy as np
 
 from zo_gguf.errors import ZoError

@@ -1,11 +1,11 @@
-"""The devices that the loaded llama.cpp can compute on."""
+"""The devices that the loaded llama.cpp can compute on, and whether a GPU will be used, in words."""
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp  # noqa: TID251 - only asked what it was built with
+import llama_cpp
 from gguf import GGMLQuantizationType as Type
 
 from zo_gguf.engine.model import quiet_engine

@@ -1,6 +1,9 @@
 """Examples -> sequences -> decodes: what has to go through the model to get the losses.
 
-Pure bookkeeping on token ids.
+What sequences have in common goes through the model once. Choices that share their input, such as
+one-token choices, are scored from one forward pass of the prompt. Longer ones share it too, since
+llama.cpp lets a token of a batch belong to several sequences; and so do the rows of a decode that
+begin with the same instruction. Pure bookkeeping on token ids.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,9 @@
-"""llama.cpp's contexts for an engine: made, and made larger, as decodes need it."""
+"""llama.cpp's contexts for an engine: made, and made larger, as decodes need it.
+
+llama_decode copies the logits of all outputs to host memory, except for sequences that have a
+sampler inside the graph (llama.h, llama_set_sampler). `Discard` samples nothing: it leaves them on
+the device, where a hook has made losses of them.
+"""
 
 import ctypes
 from contextlib import nullcontext

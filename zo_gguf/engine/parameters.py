@@ -16,8 +16,9 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import NORMAL, RADEMACHER, Gain, Hook, InPlace, LowRank, Store
 from zo_gguf.native import FLOATS, Library
 from zo_gguf.parallel import in_blocks
+from zo_gguf.params import kinds
 from zo_gguf.params.delta import Delta
-from zo_gguf.params.kinds import Edit, Gain, Live, LowRank
+from zo_gguf.params.kinds import Edit, Live
 from zo_gguf.params.scales import field_of, scale_resolution
 
 Vector = NDArray[np.float32]
@@ -36,18 +37,18 @@ class EditNoise:
     def __init__(self, library: Library, distribution: int) -> None:
         self._library, self._distribution = library, distribution
 
-    def of_gain(self, number: int, edit: Gain, seed: int, signs: int = 0) -> Vector:
+    def of_gain(self, number: int, edit: kinds.Gain, seed: int, signs: int = 0) -> Vector:
         """z of the number-th gain, (edit.size,)."""
         return self._signed(FIRST_GAIN + number, edit, slice(0, edit.size), seed, signs)
 
     def of_low_rank(
-        self, number: int, edit: LowRank, step: int, seed: int, signs: int = 0
+        self, number: int, edit: kinds.LowRank, step: int, seed: int, signs: int = 0
     ) -> Vector:
         """z of the masters of the number-th product that the step after `step` steps trains."""
         return self._signed(FIRST_LOW_RANK + number, edit, edit.trained(step), seed, signs)
 
     def _signed(
-        self, tensor: int, edit: Gain | LowRank, part: slice, seed: int, signs: int
+        self, tensor: int, edit: kinds.Gain | kinds.LowRank, part: slice, seed: int, signs: int
     ) -> Vector:
         z = self._draw(self._distribution, seed, tensor, part)
         if signs == 0:

@@ -1,7 +1,8 @@
-"""Quantize a float GGUF with llama.cpp's own quantizer.
+"""llama.cpp's and ggml's own quantizers: whole GGUFs, and single blocks of a matrix.
 
-Types go by their llama.cpp names (Q4_0, Q4_K_M, ...). Nothing is measured here, and no importance
-matrix is used.
+Types go by their llama.cpp names (Q4_0, Q4_K_M, ...). Whole files are quantized without an
+importance matrix. `quantize_chunk` serves types whose blocks have no simple layout; which result is
+kept is decided in `merging`.
 """
 
 import ctypes

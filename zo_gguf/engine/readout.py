@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import llama_cpp  # noqa: TID251 - a context of its own, which gives hidden states
+import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm

@@ -1,8 +1,9 @@
 """Where codes and scales lie inside the blocks of ggml's quantization types, as bit positions.
 
 A weight of such a type is `d * scale * level[code] - offset`, per group of 16 or 32 weights, where
-`offset` is `dmin * min` in K-quants and `-m` in Q4_1 and Q5_1. The lattice types (IQ1 to IQ3) code
-several weights together and have no layout here; `ggml_quant` re-quantizes them.
+`offset` is `dmin * min` in K-quants and `-m` in Q4_1 and Q5_1. Blocks are taken apart into codes
+and scales here, and put together again; which to take is decided elsewhere. The lattice types (IQ1
+to IQ3) code several weights together and have no layout here.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,9 @@
 A quantized group of 16 or 32 weights has one step (and offset) for all. Changing one entry means
 choosing step and codes anew so that the tuned entry lands where it should while its neighbours stay
 where they were; tuned entries weigh far more in the squared error that is minimized. Groups without
-tuned entries keep their bytes. Which result is kept is decided by the weighted error alone.
+tuned entries keep their bytes. A group's value is `step * level - offset`; step and offset are
+half-precision numbers, or multiples of a unit that the whole block shares (K-quants). All groups of
+a call are searched at once, and the weighted error alone decides which result is kept.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a merge wrote and what survived: numbers, JSON and the table people see."""
+"""What a merge wrote and what survived: numbers, JSON, the table, and lines to paste for apps."""
 
 import dataclasses
 import json

@@ -1,8 +1,9 @@
 """Choose a matrix's trainable entries: the best k by score, on few rows and columns if wanted.
 
 Entries of high gradient cluster on few lines (rows or columns) of a matrix; keeping to R of them
-costs little score and makes every delta exactly a rank-R LoRA. Pure numpy; what the scores mean is
-not known here.
+costs little score and makes every delta exactly a rank-R LoRA. The fewest lines that hold given
+entries are, by Koenig's theorem, as many as a maximum matching of rows and columns has pairs. Pure
+numpy; what the scores mean is not known here.
 """
 
 import heapq
@@ -121,7 +122,7 @@ def _augment(
             position[row] += 1
 
 
-# ---- covers --------------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------------
 
 
 _NEVER = np.iinfo(np.int32).max

@@ -1,9 +1,11 @@
-"""The loss's noise floor, and the eps that stands clear of it.
+"""What is measured before step 1: the noise floor, eps, units, and how many probes share a decode.
 
 llama.cpp rounds activations to 8 bits, so the loss is a staircase: perturbations far too small to
 matter still change it. A finite difference at eps has an error of (floor / 2 eps) from this noise
-and one of (curvature * eps^2) from the Taylor remainder. Both are measured here on the model, the
-quantization and the data at hand, and eps is put where their sum is smallest.
+and one of (curvature * eps^2) from the Taylor remainder. Both are measured on the model, the
+quantization and the data at hand, and eps is put where their sum is smallest. Probes in one decode
+read the base weights once, but their tokens sit in one attention matrix; which weighs more depends
+on the model, the rows and the machine, so that too is measured.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Gradient estimate -> commit: sgd, momentum and adam on the sparse vector theta.
+"""Gradient estimate -> commit: sgd, momentum and adam on theta, their rate's course, and clipping.
 
 Every operation is a single IEEE float32 operation per entry in a fixed order, so that replaying a
 trajectory gives the same bits on any machine. The state costs 0, 4 and 8 bytes per entry.

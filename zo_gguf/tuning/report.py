@@ -1,4 +1,4 @@
-"""The end of a run: which delta it leaves, the summary, the loss curve."""
+"""What people see of a run: its lines and metrics.jsonl while it goes, its summary at the end."""
 
 import json
 import platform

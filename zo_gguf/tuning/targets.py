@@ -93,7 +93,7 @@ def losses_of(chances: Matrix, labels: Indices) -> Matrix:
     return np.asarray(-np.log(chances[np.arange(labels.size), labels]))
 
 
-# ---- classifier ----------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------
 
 
 MOST = 4096  # rows that classifiers are fitted to; more take memory and tell little more
