@@ -32,7 +32,7 @@ from zo_gguf.config import (
 )
 from zo_gguf.config.option import Config, add_arguments, nearest
 from zo_gguf.errors import ZoError
-from zo_gguf.interrupt import handling
+from zo_gguf.system import handling
 
 _DEBUG = "ZO_GGUF_DEBUG"
 

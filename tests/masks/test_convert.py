@@ -14,10 +14,10 @@ import torch
 from tests.helpers.models import PRE, converted, save_llama
 from zo_gguf.engine.quantize import quant_name, quantize
 from zo_gguf.errors import ZoError
-from zo_gguf.files import sha256_file
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.masks import convert as convert_module
 from zo_gguf.masks.convert import RELEASE, cache_folder, convert, converter_script, model_folder
+from zo_gguf.system import sha256_file
 
 ROOT = f"llama_cpp_python-{RELEASE}/vendor/llama.cpp"
 

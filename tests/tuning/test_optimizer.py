@@ -55,7 +55,7 @@ def test_blocks_do_not_change_the_bits(
 ) -> None:
     results = []
     for size in (1 << 17, block):
-        monkeypatch.setattr("zo_gguf.parallel._BLOCK", size)
+        monkeypatch.setattr("zo_gguf.system._BLOCK", size)
         optimizer, theta = OPTIMIZERS[name](N), np.ones(N, np.float32)
         for g in gradients(5):
             optimizer.update(theta, g, 0.05)
@@ -67,7 +67,7 @@ def test_blocks_do_not_change_the_bits(
 def test_estimates_are_means_in_any_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     z = dict(enumerate(gradients(3)))
     directions = [Direction(seed, 0, 1.0, 0.5, 0.3 - seed) for seed in z]
-    monkeypatch.setattr("zo_gguf.parallel._BLOCK", block)
+    monkeypatch.setattr("zo_gguf.system._BLOCK", block)
     found = gradient_estimate(directions, lambda seed, _: z[seed])
     mean = sum(d.projected_grad * z[d.seed].astype(np.float64) for d in directions) / len(z)
     np.testing.assert_allclose(found, mean, atol=1e-6)
@@ -76,7 +76,7 @@ def test_estimates_are_means_in_any_blocks(block: int, monkeypatch: pytest.Monke
 
 
 def test_threads_have_the_callers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zo_gguf.parallel._BLOCK", 7)
+    monkeypatch.setattr("zo_gguf.system._BLOCK", 7)
     directions = [Direction(seed, 0, 1.0, 0.5, 3e38) for seed in (1, 2)]
     large = np.full(N, 3e38, np.float32)
     with np.errstate(over="ignore"):

@@ -15,7 +15,7 @@ import pytest
 
 from zo_gguf.engine.model import load_model
 from zo_gguf.engine.quantize import quantize
-from zo_gguf.interrupt import Interrupt, deferred
+from zo_gguf.system import Interrupt, deferred
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_the_step_loop_hears_of_it() -> None:
 def test_a_second_one_ends_the_process() -> None:
     code = (
         "import os, signal\n"
-        "from zo_gguf.interrupt import deferred\n"
+        "from zo_gguf.system import deferred\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

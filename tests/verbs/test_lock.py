@@ -12,7 +12,7 @@ import pytest
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.errors import ZoError
-from zo_gguf.files import locked
+from zo_gguf.system import locked
 
 tune_module = importlib.import_module("zo_gguf.verbs.tune")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
@@ -45,7 +45,7 @@ def test_a_run_in_progress_is_left_alone(
 
 def test_the_lock_ends_with_the_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom zo_gguf.files import locked\n"
+        "import sys, time\nfrom zo_gguf.system import locked\n"
         "with locked(sys.argv[1], 'folder'):\n    print('has it', flush=True)\n    time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -31,7 +31,7 @@ from zo_gguf.data.dataset import load_examples, resolve_split
 from zo_gguf.engine.batch import build_request
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write, require_file
+from zo_gguf.system import atomic_write, require_file
 
 BOUNDS = ("sensitive", "norm")  # methods whose parameters backpropagation trains as well
 RATES_HELP = "tried, as multiples of the default one; 1 always is (default: as each entry says)"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo_gguf.files import atomic_write
+from zo_gguf.system import atomic_write
 
 Curve = list[tuple[float, float]]  # (forward tokens, validation loss), ascending
 _HEAD = (

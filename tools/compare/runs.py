@@ -20,7 +20,7 @@ from tools.compare.entries import Entry
 from tools.compare.plot import Outcome, SeedRun
 from zo_gguf.config import MASK_SUFFIX, TuneConfig
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write
+from zo_gguf.system import atomic_write
 from zo_gguf.tuning.methods import check_method
 from zo_gguf.tuning.optimizer import check_optimizer
 from zo_gguf.tuning.run import Run

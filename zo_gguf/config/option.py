@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write, require_file
+from zo_gguf.system import atomic_write, require_file
 
 
 def option(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import require_file
+from zo_gguf.system import require_file
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _MAX_CELL = 1 << 30  # bytes, where the csv module has 131072

@@ -21,9 +21,9 @@ from zo_gguf.engine.parameters import AT_THETA, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import Hook
-from zo_gguf.interrupt import deferred
 from zo_gguf.native import Library
 from zo_gguf.params.delta import Delta
+from zo_gguf.system import deferred
 
 F32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]

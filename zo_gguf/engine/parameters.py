@@ -15,11 +15,11 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.handles import NORMAL, RADEMACHER, Gain, Hook, InPlace, LowRank, Store
 from zo_gguf.native import FLOATS, Library
-from zo_gguf.parallel import in_blocks
 from zo_gguf.params import kinds
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import Edit, Live
 from zo_gguf.params.scales import field_of, scale_resolution
+from zo_gguf.system import in_blocks
 
 Vector = NDArray[np.float32]
 # The noise's tensor numbers; those below are the native parts'.

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import require_file
-from zo_gguf.interrupt import deferred
+from zo_gguf.system import deferred, require_file
 
 _LOG_LEVEL_ERROR = 4  # as in ggml.h
 _LOG_LEVEL_CONTINUE = 5

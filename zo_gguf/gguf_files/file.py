@@ -17,8 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import require_file
 from zo_gguf.gguf_files.header import Header, HeaderError, decode_value, parse_header
+from zo_gguf.system import require_file
 
 _HASH_CHUNK = 1 << 24  # bytes
 

@@ -17,9 +17,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
 from zo_gguf.errors import DoesNotFitError
-from zo_gguf.files import atomic_write
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.header import DEFAULT_ALIGNMENT, MAGIC
+from zo_gguf.system import atomic_write
 
 Value = str | bool | int | float
 Bytes = NDArray[np.uint8]

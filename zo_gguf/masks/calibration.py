@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import require_file, sha256_file
+from zo_gguf.system import require_file, sha256_file
 
 C4 = "c4"
 _C4_SOURCE = ("allenai/c4", "en", "train")

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import sha256_file
+from zo_gguf.system import sha256_file
 
 RELEASE = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

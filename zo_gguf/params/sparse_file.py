@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write, require_file
+from zo_gguf.system import atomic_write, require_file
 
 FORMAT_VERSION = 1
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zo_gguf.config import TuneConfig
 from zo_gguf.config.option import nearest
 from zo_gguf.errors import ZoError
-from zo_gguf.parallel import in_blocks
+from zo_gguf.system import in_blocks
 from zo_gguf.tuning.trajectory import Direction
 
 Vector = NDArray[np.float32]

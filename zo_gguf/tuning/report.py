@@ -16,8 +16,8 @@ from tqdm import tqdm
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import find_split
 from zo_gguf.engine.engine import Scores
-from zo_gguf.files import atomic_write, sha256_file
 from zo_gguf.params.delta import Delta
+from zo_gguf.system import atomic_write, sha256_file
 from zo_gguf.tuning.run import Run, State
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record

@@ -26,9 +26,9 @@ from safetensors.numpy import save as serialize
 
 from zo_gguf.config import TuneConfig, load_config, save_config
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write, require_file
 from zo_gguf.params.kinds import fixed_arrays
 from zo_gguf.params.sparse_file import digest
+from zo_gguf.system import atomic_write, require_file
 from zo_gguf.tuning.optimizer import Optimizer, gradient_estimate, make_optimizer
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record, Trajectory

@@ -27,8 +27,8 @@ from zo_gguf.data.dataset import Draw
 from zo_gguf.data.encode import Example
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write
 from zo_gguf.params.sparse_file import digest
+from zo_gguf.system import atomic_write
 
 FOLDS = 5
 _PENALTIES = 10.0 ** np.arange(-5, 1.1, 0.5)  # sklearn's C, from the strongest penalty on

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zo_gguf.errors import ZoError
-from zo_gguf.files import atomic_write, require_file
+from zo_gguf.system import atomic_write, require_file
 
 MAGIC = b"ZOTRAJ2\n"
 _PREFIX = struct.Struct("<8sII")

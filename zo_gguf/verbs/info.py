@@ -28,12 +28,12 @@ from zo_gguf.engine.backends import (
     supports_offload,
 )
 from zo_gguf.errors import ZoError
-from zo_gguf.files import require_file
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.native import load
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask
 from zo_gguf.params.sparse_file import kind_of
+from zo_gguf.system import require_file
 from zo_gguf.tuning.trajectory import MAGIC as TRAJECTORY_MAGIC
 from zo_gguf.tuning.trajectory import Trajectory
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import zo_gguf
 from zo_gguf.config import MergeConfig
-from zo_gguf.files import atomic_write, check_output, is_running
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.write import Value, check_disk
 from zo_gguf.merging.edits import write_edited
@@ -35,6 +34,7 @@ from zo_gguf.merging.stock import measure_stock
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import describe
 from zo_gguf.params.lora import LoraSummary, check_lora, write_lora
+from zo_gguf.system import atomic_write, check_output, is_running
 
 RETENTION_GOAL = 0.98
 _DRAFTS = "edited|draft|best"

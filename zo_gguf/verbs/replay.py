@@ -10,9 +10,9 @@ from tqdm import tqdm
 from zo_gguf.config import ReplayConfig
 from zo_gguf.config.tune import parse_units
 from zo_gguf.errors import ZoError
-from zo_gguf.files import check_output
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import fixed_arrays
+from zo_gguf.system import check_output
 from zo_gguf.tuning.run import Run, first_state, open_trajectory, require_run, run_files
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Trajectory

@@ -16,9 +16,8 @@ from zo_gguf.config.tune import parse_units
 from zo_gguf.data.dataset import Draw, Example, digest_examples, load_train_valid
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
-from zo_gguf.files import locked, require_file
-from zo_gguf.interrupt import Interrupt
 from zo_gguf.params.delta import Delta
+from zo_gguf.system import Interrupt, locked, require_file
 from zo_gguf.tuning.adjust import Adjustment, required_features
 from zo_gguf.tuning.calibrate import choose_width, in_words, measure_noise, measure_units
 from zo_gguf.tuning.estimator import estimate, trouble, unit_size

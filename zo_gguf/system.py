@@ -1,12 +1,19 @@
-"""Small helpers for files that must never be half written or silently wrong."""
+"""Files that are never half written, Ctrl-C that loses nothing, and numpy on all cores."""
 
 import hashlib
 import os
+import signal
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import numpy as np
 
 from zo_gguf.errors import ZoError
 
@@ -142,3 +149,115 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
+
+Handler = Callable[[int, FrameType | None], None]
+_SIGNALS: tuple[int, ...] = signal.SIGINT, signal.SIGTERM
+
+
+@contextmanager
+def handling(handler: Handler, numbers: Sequence[int] = _SIGNALS) -> Iterator[None]:
+    """Have signals handled in another way meanwhile.
+
+    Outside the main thread, signals stay the host program's business.
+    """
+    previous: dict[int, Any] = {}
+    for number in numbers:
+        try:
+            previous[number] = signal.signal(number, handler)
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until C code has returned that calls Python functions.
+
+    Those are where Python would raise KeyboardInterrupt, and ctypes drops it. A second signal ends
+    the process.
+    """
+    waiting: list[int] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        if waiting:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        waiting.append(number)
+
+    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    try:
+        with handling(keep, heard):
+            yield
+    finally:
+        for number in waiting:
+            signal.raise_signal(number)
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a request that the loop sees after its step.
+
+    A second one interrupts at once; nothing is lost then either, because every finished step is in
+    the trajectory.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._handling = handling(self._on_signal)
+
+    def __enter__(self) -> "Interrupt":
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._handling.__exit__(*raised)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nInterrupted: finishing this step and saving ...", file=sys.stderr)
+
+    def leave(self, run: str | os.PathLike[str]) -> NoReturn:
+        """Say how to go on with the run folder, and interrupt."""
+        print(f"Saved. Go on with: zo-gguf tune --resume {os.fspath(run)}", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
+# ---- long vectors --------------------------------------------------------------------------------
+
+
+_BLOCK = 1 << 17  # entries whose arrays stay in a core's cache
+
+
+def in_blocks(n: int, work: Callable[[slice], None]) -> None:
+    """Call `work` for slices that together are [0, n); those of a long range in several threads.
+
+    Args:
+        n: Length of the vectors.
+        work: May run in any thread and order, so it must touch its slice alone. numpy's settings
+            for floating-point errors are the caller's there too.
+    """
+    parts = [slice(first, min(n, first + _BLOCK)) for first in range(0, n, _BLOCK)]
+    if len(parts) == 1:
+        work(parts[0])
+        return
+    settings = np.geterr()  # of this thread
+
+    def with_settings(part: slice) -> None:
+        with np.errstate(**settings):
+            work(part)
+
+    list(_threads().map(with_settings, parts))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="zo-gguf")
