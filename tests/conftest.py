@@ -19,7 +19,7 @@ import pytest
 
 from tests.helpers import stand_in_gpu
 from tools import make_task
-from zo_gguf import native
+from zo_gguf import libzo as native
 from zo_gguf.engine.model import native_library
 
 TESTS = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ from zo_gguf.engine.adapter import choose_path
 from zo_gguf.engine.engine import Engine, Probe
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import Tensors
+from zo_gguf.libzo import Tensors
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.lora import SparseFactors
 from zo_gguf.params.mask import Mask, MaskHeader

@@ -13,7 +13,7 @@ from zo_gguf.engine.model import native_library
 from zo_gguf.engine.parameters import Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import Edits, Gain, Live, LowRank, Products
 

@@ -20,13 +20,13 @@ from tests.conftest import CACHE, need_gpu
 from tests.engine.test_adapter import PROBES, ROWS, config
 from tests.helpers import stand_in_gpu
 from tests.helpers.tiny_gguf import random_delta, write_llama
-from zo_gguf import native
+from zo_gguf import libzo as native
 from zo_gguf.config import TuneConfig
 from zo_gguf.engine.engine import Engine, Probe
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zo_gguf import native
+from zo_gguf import libzo as native
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER, Store
-from zo_gguf.native import ON_CPU, Branch, pointer
+from zo_gguf.libzo import NORMAL, ON_CPU, RADEMACHER, Branch, Store, pointer
 
 HEADER = Path(__file__).resolve().parents[2] / "native" / "zo.h"
 C_NAMES = {

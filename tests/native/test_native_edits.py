@@ -12,8 +12,7 @@ import pytest
 from tests.native.test_native import philox
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER, LowRank, Store
-from zo_gguf.native import ON_CPU, Branch, pointer
+from zo_gguf.libzo import NORMAL, ON_CPU, RADEMACHER, Branch, LowRank, Store, pointer
 
 
 def noise(kind: int, seed: int, tensor: int, first: int, n: int) -> np.ndarray:

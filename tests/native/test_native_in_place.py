@@ -9,8 +9,7 @@ import pytest
 
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER, InPlace, Store
-from zo_gguf.native import FLOATS, Branch, Field, pointer
+from zo_gguf.libzo import FLOATS, NORMAL, RADEMACHER, Branch, Field, InPlace, Store, pointer
 
 F32, F16, BF16 = 0, 1, 2  # zo_storage
 FIRST = 1 << 30  # the noise's tensor number of the first tensor edited in place

@@ -13,8 +13,7 @@ import pytest
 
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import Hook, InPlace, Tensors
-from zo_gguf.native import Field
+from zo_gguf.libzo import Field, Hook, InPlace, Tensors
 
 F32, WEIGHTS = 0, 1  # ggml_type, ggml_backend_buffer_usage
 N_COLS, N_ROWS = 8, 2

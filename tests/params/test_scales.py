@@ -19,7 +19,7 @@ from tests.helpers.tiny_gguf import packed, write_llama
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile, dequantize_rows
-from zo_gguf.handles import InPlace
+from zo_gguf.libzo import InPlace
 from zo_gguf.params.kinds import Live
 from zo_gguf.params.scales import (
     base_scales,

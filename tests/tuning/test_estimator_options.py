@@ -10,7 +10,7 @@ from tests.tuning.test_estimators import EPS, ROWS, SEEDS, Toy, config, linear, 
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import branch_per_example, build_request, lay_out
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER
 from zo_gguf.tuning.estimator import (
     direction_seeds,
     distribution_of,

@@ -13,7 +13,7 @@ import pytest
 from zo_gguf.config import TuneConfig
 from zo_gguf.engine.engine import Probe, Scores
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER
 from zo_gguf.tuning.estimator import (
     distribution_of,
     estimate,

@@ -36,7 +36,7 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import native_library
 from zo_gguf.engine.parameters import Parameters
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import RADEMACHER
+from zo_gguf.libzo import RADEMACHER
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.estimator import distribution_of
 from zo_gguf.tuning.methods import start

@@ -20,8 +20,7 @@ from zo_gguf.engine.model import default_threads, load_model, native_library, qu
 from zo_gguf.engine.parameters import AT_THETA, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import Hook
-from zo_gguf.native import Library
+from zo_gguf.libzo import Hook, Library
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import deferred
 

@@ -17,8 +17,7 @@ from zo_gguf.engine.model import load_adapter
 from zo_gguf.engine.parameters import SPARSE, BranchOf, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import NORMAL, Tensors
-from zo_gguf.native import Library
+from zo_gguf.libzo import NORMAL, Library, Tensors
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.lora import SparseFactors, check_lora, write_factors
 

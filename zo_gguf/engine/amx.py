@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 
 from zo_gguf.errors import ZoError
-from zo_gguf.native import library_path
+from zo_gguf.libzo import library_path
 
 FEATURE = "AMX_INT8"  # llama.cpp's word for it
 _WIDTH, _N_VOCAB, _N_TOKENS = 64, 32, 4

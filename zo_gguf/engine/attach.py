@@ -13,7 +13,7 @@ from zo_gguf.engine.model import choose_cuda_graphs, native_library, quiet_engin
 from zo_gguf.engine.parameters import AT_THETA, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import Hook
+from zo_gguf.libzo import Hook
 from zo_gguf.params.delta import Delta, open_entries
 
 _ATTRIBUTE = "_zo_gguf_attachment"

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 from zo_gguf.engine.model import quiet_engine
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.native import Library
+from zo_gguf.libzo import Library
 
 _KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "several devices")  # ggml_backend_dev_type
 

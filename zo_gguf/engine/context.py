@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from zo_gguf.engine.batch import MAX_SEQUENCES, DecodeBatch
 from zo_gguf.engine.model import engine_batch, quiet_engine, use_adapter
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import Hook, Tensors, address
-from zo_gguf.native import ON_CPU, Library, pointer
+from zo_gguf.libzo import ON_CPU, Hook, Library, Tensors, address, pointer
 
 # llama.cpp reserves host memory for all that a sampler could give: so much, and of what is free at
 # most one part in _SHARE, is worth it.

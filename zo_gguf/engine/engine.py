@@ -33,7 +33,7 @@ from zo_gguf.engine.probe import Scores as Scores
 from zo_gguf.engine.readout import hidden_states
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import NORMAL, Hook, Tensors
+from zo_gguf.libzo import NORMAL, Hook, Tensors
 from zo_gguf.params.delta import Delta, open_entries
 from zo_gguf.params.mask import Mask
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from zo_gguf.engine.amx import require_working_amx
 from zo_gguf.engine.batch import DecodeBatch
 from zo_gguf.errors import ZoError
-from zo_gguf.native import Library
+from zo_gguf.libzo import Library
 from zo_gguf.system import deferred
 
 _ERROR = 4  # ggml_log_level

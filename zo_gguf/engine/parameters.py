@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.handles import NORMAL, RADEMACHER, Gain, Hook, InPlace, LowRank, Store
-from zo_gguf.native import FLOATS, Library
+from zo_gguf.libzo import FLOATS, NORMAL, RADEMACHER, Gain, Hook, InPlace, Library, LowRank, Store
 from zo_gguf.params import kinds
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import Edit, Live

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.blocks import layout_of
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.native import FLOATS, Field
+from zo_gguf.libzo import FLOATS, Field
 from zo_gguf.params.kinds import Live
 
 Vector = NDArray[np.float32]

@@ -24,7 +24,7 @@ from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine, Probe, Scores
 from zo_gguf.errors import ZoError
-from zo_gguf.handles import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER
 from zo_gguf.tuning.adjust import Adjustment
 from zo_gguf.tuning.calibrate import NO_SLOPE
 from zo_gguf.tuning.natural import natural_slopes, sides, slopes_and_fisher

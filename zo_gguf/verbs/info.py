@@ -29,7 +29,7 @@ from zo_gguf.engine.backends import (
 )
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.native import load
+from zo_gguf.libzo import load
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask
 from zo_gguf.params.sparse_file import kind_of
