@@ -14,14 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.models import converted
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.masks.placement import (
-    choose_tensors,
-    expert_tensors,
-    gguf_names,
-    linear_tensors,
-    place,
-    require_float,
-)
+from zo_gguf.gguf_files.tensors import choose_tensors, expert_tensors, linear_tensors, require_float
+from zo_gguf.masks.placement import gguf_names, place
 
 
 def gguf_of(*names: str, shape: tuple[int, ...] = (4, 4)) -> Any:

@@ -13,7 +13,7 @@ from tests.helpers.tiny_gguf import write_llama
 from zo_gguf.config import TuneConfig
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.masks.placement import is_idle, matching_matrices
+from zo_gguf.gguf_files.tensors import is_idle, matching_matrices
 from zo_gguf.params.kinds import Live
 from zo_gguf.params.lora import check_lora, write_lora
 from zo_gguf.tuning.methods import start

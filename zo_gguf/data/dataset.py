@@ -2,7 +2,7 @@
 
 Most of the variance of a zeroth-order step comes from the rows it happens to draw, and in
 classification most of that from the mix of answers (tools/LOG.md). So equal answers are spread
-evenly over a shuffled epoch (stratified sampling), which costs nothing. Nothing here runs the model.
+evenly over a shuffled epoch (stratified sampling), which costs nothing. Nothing here runs a model.
 """
 
 import functools

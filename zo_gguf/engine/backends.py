@@ -1,4 +1,4 @@
-"""The devices that the loaded llama.cpp can compute on, and whether a GPU will be used, in words."""
+"""The devices that the loaded llama.cpp can compute on; in words, whether a GPU will be used."""
 
 import ctypes
 from collections.abc import Sequence

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from zo_gguf.config import ExportConfig
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.gguf_files.tensors import layer_of
 from zo_gguf.masks.calibration import load_documents, token_blocks
-from zo_gguf.masks.placement import Placement, gguf_names, layer_of, place
+from zo_gguf.masks.placement import Placement, gguf_names, place
 from zo_gguf.params.mask import Mask
 from zo_gguf.params.select import SelectionPath, smallest_rank, top_k
 

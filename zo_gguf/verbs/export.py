@@ -17,8 +17,8 @@ from zo_gguf.engine.model import check_architecture
 from zo_gguf.engine.quantize import quant_name, quantize
 from zo_gguf.errors import DoesNotFitError, ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.gguf_files.tensors import choose_tensors, expert_tensors, require_float
 from zo_gguf.masks.convert import convert, model_folder, weight_bytes
-from zo_gguf.masks.placement import choose_tensors, expert_tensors, require_float
 from zo_gguf.masks.positions import (
     Positions,
     calibrate,

@@ -14,7 +14,7 @@ import numpy as np
 from zo_gguf.config import TuneConfig
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.masks.placement import matching_matrices
+from zo_gguf.gguf_files.tensors import matching_matrices
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import Edits, Live
 from zo_gguf.params.scales import base_weights
