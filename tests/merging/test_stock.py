@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType as Type
 from tests.helpers.tiny_gguf import write_llama
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.evaluation import summarize
 from zo_gguf.errors import ZoError
 from zo_gguf.merging import stock_eval
 from zo_gguf.merging.result import Retention, ollama_name, paste_lines, retention
 from zo_gguf.merging.stock import Measured, measure_stock
-from zo_gguf.verbs.evaluate import summarize
 
 merge_module = importlib.import_module("zo_gguf.verbs.merge")
 STOCK_SCRIPT = Path(stock_eval.__file__)

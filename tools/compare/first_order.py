@@ -25,10 +25,10 @@ from zo_gguf.config import MASK_SUFFIX, TuneConfig
 from zo_gguf.data.dataset import Draw, Example, load_examples, load_train_valid
 from zo_gguf.engine.batch import build_request
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.evaluation import EvalResult, counted_tokens, summarize
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.tuning.methods import start
-from zo_gguf.verbs.evaluate import EvalResult, counted_tokens, summarize
 
 _ROWS_PER_CALL = 64
 

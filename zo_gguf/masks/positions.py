@@ -87,7 +87,7 @@ def choose_positions(
     Args:
         config: The export's options.
         floats: The model's float GGUF.
-        names: Matrices to choose from, see `coordinates.choose_tensors`.
+        names: Matrices to choose from, see `choose_tensors`.
         folder: The Hugging Face model, for scores that need gradients.
         calibration: Its text, see `calibrate`.
 

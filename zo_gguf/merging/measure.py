@@ -12,12 +12,12 @@ from tqdm import tqdm
 from zo_gguf.config import MergeConfig, TuneConfig, load_config
 from zo_gguf.data.dataset import Example, find_split, load_examples, load_train_valid
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.evaluation import counted_tokens, summarize
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging.stock import Measured, measure_stock
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.run import run_files
-from zo_gguf.verbs.evaluate import counted_tokens, summarize
 
 _CTX_TOKENS = 2048
 _ROWS_PER_CALL = 64

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from zo_gguf.engine.evaluation import EvalResult
 from zo_gguf.merging.stock import Measured
 from zo_gguf.params.lora import LoraSummary
-from zo_gguf.verbs.evaluate import EvalResult
 
 MIN_GAIN = 1e-3  # nats; below it a share of the gain says nothing
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.data.dataset import Example
+from zo_gguf.engine.evaluation import EvalResult, counted_tokens, summarize
 from zo_gguf.errors import ZoError
-from zo_gguf.verbs.evaluate import EvalResult, counted_tokens, summarize
 
 _SCRIPT = Path(__file__).with_name("stock_eval.py")
 _PROGRESS = "stock llama-cpp-python:"

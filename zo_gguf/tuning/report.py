@@ -16,12 +16,12 @@ from tqdm import tqdm
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import find_split
 from zo_gguf.engine.engine import Scores
+from zo_gguf.engine.evaluation import EvalResult
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import atomic_write, sha256_file
 from zo_gguf.tuning.run import Run, State
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record
-from zo_gguf.verbs.evaluate import EvalResult
 
 _SMOOTHING = 0.95  # of the displayed loss and accuracy
 _LINE_EVERY = 30.0  # seconds between lines where there is no terminal

@@ -15,6 +15,7 @@ from zo_gguf.config import TuneConfig
 from zo_gguf.config.tune import parse_units
 from zo_gguf.data.dataset import Draw, Example, digest_examples, load_train_valid
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.evaluation import EvalResult, measure
 from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import Interrupt, locked, require_file
@@ -27,7 +28,6 @@ from zo_gguf.tuning.run import TARGETS_FILE, Run, State, open_trajectory
 from zo_gguf.tuning.targets import choose_targets
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record, Trajectory
-from zo_gguf.verbs.evaluate import EvalResult, measure
 
 MEASURED_ROWS = 16  # for eps
 _START_AGAIN = (
