@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from zo_gguf.config.option import Config, option, parse_fields, refuse_unread
 from zo_gguf.errors import ZoError
-from zo_gguf.tuning.trajectory import MAX_DIRECTIONS
 
+MAX_DIRECTIONS = 1 << 16  # of a step
 _MANY = MAX_DIRECTIONS + 1
 DATA = "JSONL, JSON or CSV file, or a folder with train/valid/test.jsonl"
 GPU = "layers kept on the GPU; -1 means all"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from zo_gguf.config.tune import MAX_DIRECTIONS
 from zo_gguf.errors import ZoError
 from zo_gguf.system import atomic_write, require_file
 
@@ -26,7 +27,6 @@ _STEP = struct.Struct("<Qd")
 _DIRECTION = struct.Struct("<QQddd")
 _CRC = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
-MAX_DIRECTIONS = 1 << 16  # of a step; the same number of features
 
 
 @dataclass(frozen=True)
