@@ -1,4 +1,4 @@
-"""`zo-gguf eval`: loss, perplexity and accuracy of a GGUF on a data file, with or without a delta."""
+"""`zo-gguf eval`: loss, perplexity and accuracy of a GGUF on a data file."""
 
 from zo_gguf.config import EvalConfig
 from zo_gguf.data.dataset import load_examples
