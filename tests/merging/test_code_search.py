@@ -14,7 +14,7 @@ from zo_gguf.engine import activations
 from zo_gguf.engine.activations import InputSample, sample_inputs
 from zo_gguf.gguf_files.blocks import layout_of, read_blocks
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.merging import code_search, input_moments
+from zo_gguf.merging import code_search
 from zo_gguf.merging import patches as merge_patches
 from zo_gguf.merging.code_search import choose_codes
 from zo_gguf.merging.patches import ROUNDINGS, plain_patches, rounded_patches
@@ -168,17 +168,16 @@ def test_whole_rows(kind: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, error = solve()
     assert error == pytest.approx(output_error(blocks).sum(), rel=1e-3)
     assert (output_error(blocks) < 0.5 * output_error(start.blocks)).all()
-    for module in (code_search, input_moments):  # the factor in float32
-        monkeypatch.setattr(module, "LARGEST_FACTOR", 64)
+    monkeypatch.setattr(code_search, "LARGEST_FACTOR", 64)  # the factor in float32
     assert solve()[1] == pytest.approx(error, rel=0.02)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 27], ids=["lapack", "together"])
 def test_factor(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(input_moments, "_LITTLE_WORK", limit)
+    monkeypatch.setattr(code_search, "_LITTLE_WORK", limit)
     x = np.random.default_rng(0).normal(size=(3, 50, 33))
     moments = x.swapaxes(1, 2) @ x
-    factor = input_moments.upper_factor(moments)
+    factor = code_search.upper_factor(moments)
     np.testing.assert_allclose(factor @ factor.swapaxes(1, 2), moments, atol=1e-9)
     np.testing.assert_array_equal(np.tril(factor, -1), 0)
 

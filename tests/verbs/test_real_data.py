@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PACKAGE, TinyExport
 from tokenizers import Tokenizer
 
+from tests.conftest import PACKAGE, TinyExport
 from zo_gguf.cli import main
 from zo_gguf.config import EvalConfig
 from zo_gguf.data.dataset import load_examples

@@ -74,8 +74,6 @@ class EditNoise:
 
 # ---- theta ---------------------------------------------------------------------------------------
 
-
-Vector = NDArray[np.float32]
 BranchOf = tuple[int, int, float]
 AT_THETA = (0, 0, 0.0)  # the branch (seed, signs, scale) of theta itself
 SPARSE = "sparse"

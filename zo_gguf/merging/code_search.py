@@ -88,10 +88,6 @@ def upper_factor(moments: F64) -> F64:
 
 # ---- codes ---------------------------------------------------------------------------------------
 
-
-F64 = NDArray[np.float64]
-F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 _SWEEPS = 6

@@ -199,8 +199,6 @@ def _to_half(values: F32) -> F32:
 
 # ---- bytes ---------------------------------------------------------------------------------------
 
-
-F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 TUNED_WEIGHT = 100.0  # squared error of a tuned entry against that of any other
