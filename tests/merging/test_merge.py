@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging import stock_eval
 from zo_gguf.merging.patches import ROUNDINGS
-from zo_gguf.merging.stock import measure_stock
+from zo_gguf.merging.result import Candidate, Retention
+from zo_gguf.merging.stock import Measured, measure_stock
 from zo_gguf.params.delta import Delta
 from zo_gguf.verbs.merge import merge
 
@@ -224,6 +227,45 @@ def test_a_run_knows_its_base_and_rows(made: tuple[Path, Path, Path], tmp_path: 
     assert result.merged.n == 10
     merged = GgufFile(tmp_path / "x.gguf")
     assert merged.metadata("general.finetune") == merged.metadata("zo_gguf.run") == "my-run"
+
+
+def test_valid_rows_choose_and_test_rows_report(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = made[2].read_text().splitlines(keepends=True)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "valid.jsonl").write_text("".join(lines[:6]))
+    (folder / "test.jsonl").write_text("".join(lines[6:10]))
+    measured: list[tuple[int, float]] = []
+
+    def stock(model: Path, examples: list[Example], **options: Any) -> Measured:
+        result = measure_stock(model, examples, **options)
+        if model != made[0]:
+            measured.append((len(examples), result.result.loss))
+        return result
+
+    monkeypatch.setattr(merge_module, "measure_stock", stock)
+    result = merge(config(made, tmp_path / "x.gguf", data=str(folder)))
+    *chosen, (n_reported, loss) = measured
+    assert [n for n, _ in chosen] == [6] * len(result.tried)
+    assert n_reported == 4
+    assert (result.rows, result.merged and result.merged.loss) == ("test", loss)
+    tried = [candidate.measured for candidate in result.tried]
+    assert [value and value.result.loss for value in tried] == [loss for _, loss in chosen]
+    assert "over 4 test rows\n" in result.render() or result.retention is None
+    assert json.loads((tmp_path / "x.gguf.merge.json").read_text())["rows"] == "test"
+
+    alone = merge(config(made, tmp_path / "y.gguf", data=str(folder / "valid.jsonl")))
+    assert alone.rows == "valid"
+    assert alone.merged is not None
+    assert alone.merged.n == 6
+
+
+def test_a_file_settles_only_beyond_its_error() -> None:
+    close = Candidate("c", {}, 1.0, 1, retention=Retention(0.99, 0.02))
+    assert not close.settles(0.98)
+    assert replace(close, retention=Retention(0.99, 0.005)).settles(0.98)
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -24,20 +24,40 @@ _ROWS_PER_CALL = 64
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows that written files are compared on.
+
+    Attributes:
+        split: Which rows of the data they are, "valid" or "test".
+        examples: The rows.
+        base: Their losses with the base, in stock llama-cpp-python.
+        tuned: Their losses with the tuned weights, by the engine's hooks.
+    """
+
+    split: str
+    examples: Sequence[Example]
+    base: Measured
+    tuned: Measured
+
+
+@dataclass(frozen=True)
 class Baseline:
     """What written files are compared with.
 
     Attributes:
-        examples: The rows.
-        base: Their losses with the base, in stock llama-cpp-python.
-        tuned: Their losses with the tuned weights, by the engine's hooks.
-        calibration: Rows for `activations`: of the training data where there are some.
+        choosing: The rows by which a file is chosen.
+        reporting: Rows that had no part in the choice, None where the data has none.
+        calibration: Rows whose inputs guide rounding: of the training data where there are some.
     """
 
-    examples: Sequence[Example]
-    base: Measured
-    tuned: Measured
+    choosing: Rows
+    reporting: Rows | None
     calibration: Sequence[Example]
+
+    @property
+    def reported(self) -> Rows:
+        """The rows whose numbers people are told."""
+        return self.reporting or self.choosing
 
 
 @dataclass(frozen=True)
@@ -97,32 +117,41 @@ def measure_baseline(
     ctx_tokens = run.ctx_tokens if run else _CTX_TOKENS
     with Engine(base.path, mask=delta, n_threads=config.threads, ctx_tokens=ctx_tokens) as engine:
         examples, calibration = _load(config, run, engine)
-        if not examples:
+        if not examples["valid"]:
             return "Nothing was measured, as the run kept no rows for it; give --data to do so."
-        tuned = _measure_hooked(engine, examples)
-    stock = measure_stock(base.path, examples, n_threads=config.threads)
-    return Baseline(examples, stock, tuned, calibration)
+        tuned = {split: _measure_hooked(engine, rows) for split, rows in examples.items() if rows}
+    choosing, *reporting = (
+        Rows(split, rows, measure_stock(base.path, rows, n_threads=config.threads), tuned[split])
+        for split, rows in examples.items()
+        if rows
+    )
+    return Baseline(choosing, reporting[0] if reporting else None, calibration)
 
 
 def _load(
     config: MergeConfig, run: TuneConfig | None, engine: Engine
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Rows to measure with, and rows to calibrate with."""
+) -> tuple[dict[str, Sequence[Example]], Sequence[Example]]:
+    """Rows to choose with ("valid") and to report on ("test", perhaps none); to calibrate with."""
     train: Sequence[Example] = []
     valid: Sequence[Example] = []
     if run is not None and os.path.exists(run.data):
         train, valid = load_train_valid(run.data, engine, val_split=run.val_split, **_reading(run))
-    if config.data is not None:
-        examples = load_examples(config.data, engine, split="valid", **_reading(run))
-        return examples, train or _train_rows(config.data, run, engine) or examples
-    assert run is not None
-    return valid[: run.valid_rows or None], train
+        valid = valid[: run.valid_rows or None]
+    data = config.data
+    if data is not None:
+        valid = load_examples(data, engine, split="valid", **_reading(run))
+        train = train or _rows_of(data, "train", run, engine) or valid
+    elif run is not None:
+        data = run.data
+    test = _rows_of(data, "test", run, engine) if data is not None else []
+    return {"valid": valid, "test": test[: (run.valid_rows if run else 0) or None]}, train
 
 
-def _train_rows(data: str, run: TuneConfig | None, engine: Engine) -> list[Example]:
-    if not os.path.isdir(data) or find_split(Path(data), "train") is None:
+def _rows_of(data: str, split: str, run: TuneConfig | None, engine: Engine) -> list[Example]:
+    """The rows of a split, none where `data` is a file or a folder without it."""
+    if not os.path.isdir(data) or find_split(Path(data), split) is None:
         return []
-    return load_examples(data, engine, split="train", **_reading(run))
+    return load_examples(data, engine, split=split, **_reading(run))
 
 
 def _reading(run: TuneConfig | None) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class Candidate:
         return replace(self, measured=measured, retention=kept)
 
     def settles(self, goal: float) -> bool:
-        """Whether no larger file needs to be tried."""
-        return self.retention is None or self.retention.value >= goal
+        """Whether no larger file needs to be tried: it keeps `goal` and a standard error more."""
+        return self.retention is None or self.retention.value - self.retention.error >= goal
 
     def better_than(self, other: "Candidate | None") -> bool:
         """Whether it keeps more than `other`."""
@@ -85,6 +85,8 @@ class MergeResult:
 
     Attributes:
         output: The merged GGUF, or the LoRA.
+        rows: Which rows the numbers are of, "valid" or "test"; None where nothing was measured.
+            A file is chosen by the valid rows, so that those of test rows are fair.
         model: The base GGUF.
         growth: Size of the tensors written (for a LoRA: base and LoRA) over the base's.
         retention: Share of the gain in loss that the file keeps, None where it is not known.
@@ -101,6 +103,7 @@ class MergeResult:
 
     output: Path
     model: Path
+    rows: str | None
     base: EvalResult | None
     tuned: EvalResult | None
     chosen: Candidate
@@ -144,6 +147,7 @@ class MergeResult:
             "retention": self.retention,
             "retention_se": self.retention_se,
             "growth": self.growth,
+            "rows": self.rows,
             "n": self.merged.n if self.merged else 0,
             **{f"loss_{name}": part.loss if part else None for name, part in losses.items()},
             **{
@@ -187,7 +191,11 @@ class MergeResult:
         if self.chosen.retention:
             r = self.chosen.retention
             n = self.merged.n if self.merged else 0
-            lines.append(f"retention  {r.value:.3f} ± {r.error:.3f} of the gain, over {n} rows")
+            chosen = ", which also chose the file" if self.rows == "valid" and not self.lora else ""
+            lines.append(
+                f"retention  {r.value:.3f} ± {r.error:.3f} of the gain, "
+                f"over {n} {self.rows} rows{chosen}"
+            )
         lines.append(f"growth     {self.growth:.2f} ({self.chosen.label})")
         if self.lora:
             if self.lora.kept < 1:

@@ -1,7 +1,8 @@
 """`merge`: a delta becomes one complete GGUF, or a LoRA, for stock apps; measures what survived.
 
-The smallest file that keeps enough of the gain is taken. How bytes change stands in
-`merge_patches`, which files are possible in `merge_plan`, what people see in `merge_result`.
+The smallest file that keeps enough of the gain on the validation rows is taken; what is reported
+was measured on the test rows where the data has some. How bytes change stands in `merging.patches`,
+which files are possible in `merging.plan`, what people see in `merging.result`.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from zo_gguf.config import MergeConfig
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.write import Value, check_disk
 from zo_gguf.merging.edits import write_edited
-from zo_gguf.merging.measure import Baseline, find_source, measure_baseline, open_base
+from zo_gguf.merging.measure import Baseline, Rows, find_source, measure_baseline, open_base
 from zo_gguf.merging.patches import (
     ROUNDINGS,
     can_round,
@@ -123,13 +124,15 @@ def _merge_model(job: _Job) -> MergeResult:
             if candidate.settles(RETENTION_GOAL):
                 break
         assert best is not None
+        settled = best.settles(RETENTION_GOAL)
+        best = _reported(job, kept, best)
         os.replace(kept, job.output)
     result = _result(job, best, tried)
     # Edits in place are exact: what is missing then is the noise of two ways to compute the same.
-    if config.type == "auto" and delta.changed and not best.settles(RETENTION_GOAL):
+    if config.type == "auto" and delta.changed and not settled:
         note = (
-            f"No file within growth {config.max_growth:g} keeps {RETENTION_GOAL:.0%} of the gain, "
-            f"so this is the best of {len(tried)}; {missing_growth(base, delta)}."
+            f"No file within growth {config.max_growth:g} surely keeps {RETENTION_GOAL:.0%} of the "
+            f"gain, so this is the best of {len(tried)}; {missing_growth(base, delta)}."
         )
         return result.with_notes([note])
     return result
@@ -173,8 +176,23 @@ def _measured(job: _Job, path: Path, plan: Plan) -> Candidate:
     if job.baseline is None:
         return candidate
     _say(f"measuring {plan.label} (growth {plan.growth:.2f}) in stock llama-cpp-python")
-    merged = measure_stock(path, job.baseline.examples, n_threads=job.config.threads)
-    return candidate.with_losses(merged, retention(job.baseline.base, job.baseline.tuned, merged))
+    return _with_losses(job, candidate, path, job.baseline.choosing)
+
+
+def _reported(job: _Job, path: Path, chosen: Candidate) -> Candidate:
+    """The chosen file with the numbers that people are told: of rows that did not choose it."""
+    if job.baseline is None or job.baseline.reporting is None:
+        return chosen
+    rows = job.baseline.reporting
+    _say(f"measuring the chosen file on {len(rows.examples)} {rows.split} rows")
+    return _with_losses(job, chosen, path, rows)
+
+
+def _with_losses(
+    job: _Job, candidate: Candidate, model: Path, rows: Rows, lora: Path | None = None
+) -> Candidate:
+    merged = measure_stock(model, rows.examples, lora=lora, n_threads=job.config.threads)
+    return candidate.with_losses(merged, retention(rows.base, rows.tuned, merged))
 
 
 def _merge_lora(job: _Job) -> MergeResult:
@@ -188,11 +206,7 @@ def _merge_lora(job: _Job) -> MergeResult:
         candidate = Candidate(f"base and LoRA of rank {summary.rank}", {}, growth, summary.n_bytes)
         if baseline is not None:
             _say("measuring the LoRA in stock llama-cpp-python")
-            merged = measure_stock(
-                base.path, baseline.examples, lora=draft, n_threads=job.config.threads
-            )
-            kept = retention(baseline.base, baseline.tuned, merged)
-            candidate = candidate.with_losses(merged, kept)
+            candidate = _with_losses(job, candidate, base.path, baseline.reported, lora=draft)
         os.replace(draft, job.output)
     return _result(job, candidate, [candidate], lora=summary)
 
@@ -206,8 +220,9 @@ def _result(
     return MergeResult(
         output=job.output,
         model=job.base.path,
-        base=job.baseline.base.result if job.baseline else None,
-        tuned=job.baseline.tuned.result if job.baseline else None,
+        rows=job.baseline.reported.split if job.baseline else None,
+        base=job.baseline.reported.base.result if job.baseline else None,
+        tuned=job.baseline.reported.tuned.result if job.baseline else None,
         chosen=chosen,
         tried=tuple(tried),
         base_bytes=job.base.path.stat().st_size,
