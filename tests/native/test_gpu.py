@@ -209,7 +209,7 @@ def test_large_products_of_layers_on_the_cpu(tmp_path: Path) -> None:
 def test_rounding_to_half_is_ggmls(name: str, tmp_path: Path) -> None:
     source = tmp_path / "half.cpp"
     source.write_text(
-        '#include "half.h"\n'
+        '#include "core/half.h"\n'
         'extern "C" void to(const float * x, uint16_t * y, long n) {\n'
         f"    for (long i = 0; i < n; ++i) y[i] = zo::to_{name}(x[i]);\n}}\n"
     )
@@ -268,7 +268,7 @@ def test_logits_stay_where_they_are(
 
 
 def test_hip_has_a_name_for_every_call() -> None:
-    runtime = (stand_in_gpu.NATIVE / "gpu_runtime.h").read_text()
+    runtime = (stand_in_gpu.NATIVE / "gpu" / "gpu_runtime.h").read_text()
     known = set(re.findall(r"#define (cuda\w+) hip\w+", runtime))
     code = runtime.split("#else", 1)[1]
     for source in stand_in_gpu.NATIVE.rglob("*.cu"):

@@ -56,7 +56,7 @@ def test_eval_agrees_with_stock_llama_cpp(
     examples = [dataclasses.asdict(example) for example in load_examples(file, engine)]
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"model": model, "lora": None, "n_threads": 1, "examples": examples}))
-    command = [sys.executable, str(PACKAGE / "stock_eval.py"), str(job)]
+    command = [sys.executable, str(PACKAGE / "merging" / "stock_eval.py"), str(job)]
     done = subprocess.run(command, capture_output=True, check=True, timeout=120)
     stock = json.loads(done.stdout)
     assert ours["n"] == stock["n"] == len(examples)
