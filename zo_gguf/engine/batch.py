@@ -8,6 +8,7 @@ begin with the same instruction. Pure bookkeeping on token ids.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -328,48 +329,23 @@ def lay_out(
             None may have tails.
         n_shared: With so many equal tokens all begin: a branch has them once.
     """
-    lengths = [sequence.tokens.size - n_shared for sequence in group]
-    longest = max(lengths)
-    widths = [longest] * len(group) if padded else lengths
-    starts = n_shared + np.concatenate([[0], np.cumsum(widths)[:-1]])
-    n = n_shared + int(sum(widths))  # columns of one branch
-    tokens = np.zeros(n, np.int32)
-    positions = np.zeros(n, np.int32)
-    ids = np.zeros(n, np.int32)
-    counts = np.ones(n, np.int32)
-    is_output = np.zeros(n, np.bool_)
-    found = []  # the columns of each sequence's targets
+    longest = max(sequence.tokens.size for sequence in group) - n_shared
+    columns, found = _columns(group, longest if padded else None, n_shared)
+    n = columns.tokens.size
     n_sequences = sum(sequence.n_sequences for sequence in group)
-    tokens[:n_shared] = group[0].tokens[:n_shared]
-    positions[:n_shared] = np.arange(n_shared)
-    counts[:n_shared] = n_sequences
-    number = 0  # of the next sequence
-    for i, (sequence, start, width) in enumerate(zip(group, starts, widths, strict=True)):
-        end = int(start) + width
-        tokens[start:end] = sequence.tokens[0]
-        tokens[start : start + lengths[i]] = sequence.tokens[n_shared:]
-        positions[start:end] = np.arange(n_shared, n_shared + width)
-        if sequence.tails:
-            place = slice(start, end)
-            positions[place], ids[place], counts[place] = sequence.places()[:, n_shared:]
-        ids[start:end] += number
-        number += sequence.n_sequences
-        own = sequence.positions >= n_shared
-        found.append(np.where(own, start - n_shared, 0) + sequence.positions)
-    columns = np.concatenate(found)
-    is_output[columns] = True
-    in_order = np.argsort(columns, kind="stable")
-    output_of_column = np.cumsum(is_output) - 1
+    is_output = np.zeros(n, np.bool_)
+    is_output[found] = True
+    in_order = np.argsort(found, kind="stable")
     n_outputs = int(is_output.sum())
-    target_output = output_of_column[columns[in_order]]
+    target_output = (np.cumsum(is_output) - 1)[found[in_order]]
     targets = np.concatenate([sequence.targets for sequence in group])[in_order]
     slots = np.concatenate([sequence.slots for sequence in group])[in_order]
     branch = np.arange(n_branches, dtype=np.int32)
     return DecodeBatch(
-        tokens=np.tile(tokens, n_branches),
-        positions=np.tile(positions, n_branches),
-        sequence_ids=(ids + n_sequences * branch[:, None]).ravel().astype(np.int32),
-        sequence_counts=np.tile(counts, n_branches),
+        tokens=np.tile(columns.tokens, n_branches),
+        positions=np.tile(columns.positions, n_branches),
+        sequence_ids=(columns.ids + n_sequences * branch[:, None]).ravel().astype(np.int32),
+        sequence_counts=np.tile(columns.counts, n_branches),
         is_output=np.tile(is_output, n_branches),
         token_branch=np.repeat(branch, n),
         output_branch=np.repeat(branch, n_outputs),
@@ -380,6 +356,44 @@ def lay_out(
         n_sequences=n_sequences * n_branches,
         max_length=longest,
     )
+
+
+class _Columns(NamedTuple):
+    """The columns of one branch, (n,) each; see `DecodeBatch`."""
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    counts: NDArray[np.int32]
+
+
+def _columns(
+    group: Sequence[TokenSequence], width: int | None, n_shared: int
+) -> tuple[_Columns, NDArray[np.int64]]:
+    """One branch's columns, `width` for every sequence if given, and where its targets are."""
+    lengths = [sequence.tokens.size - n_shared for sequence in group]
+    widths = lengths if width is None else [width] * len(group)
+    starts = n_shared + np.concatenate([[0], np.cumsum(widths)[:-1]])
+    n = n_shared + int(sum(widths))
+    tokens, positions, ids = (np.zeros(n, np.int32) for _ in range(3))
+    counts = np.ones(n, np.int32)
+    tokens[:n_shared] = group[0].tokens[:n_shared]
+    positions[:n_shared] = np.arange(n_shared)
+    counts[:n_shared] = sum(sequence.n_sequences for sequence in group)
+    found = []
+    number = 0  # of the next sequence
+    for sequence, start, length, room in zip(group, starts, lengths, widths, strict=True):
+        place = slice(int(start), int(start) + room)
+        tokens[place] = sequence.tokens[0]
+        tokens[start : start + length] = sequence.tokens[n_shared:]
+        positions[place] = np.arange(n_shared, n_shared + room)
+        if sequence.tails:
+            positions[place], ids[place], counts[place] = sequence.places()[:, n_shared:]
+        ids[place] += number
+        number += sequence.n_sequences
+        own = sequence.positions >= n_shared
+        found.append(np.where(own, start - n_shared, 0) + sequence.positions)
+    return _Columns(tokens, positions, ids, counts), np.concatenate(found)
 
 
 def branch_per_example(
