@@ -439,7 +439,7 @@ zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
         reset_fired(hook->lowrank, hook->lowrank_fired);
         reset_fired(hook->gain, hook->gain_fired);
         hook->open = false;
-        hook->branches.assign(1, zo_branch{ 0, 0, 0.0f });
+        hook->branches.assign(1, zo_branch{ 0, 0.0f });
         if (batch == nullptr) {
             return ZO_OK;
         }

@@ -48,13 +48,9 @@ typedef enum zo_distribution {
     ZO_RADEMACHER = 1,  // -1 or 1
 } zo_distribution;
 
-// A probe as one forward pass sees it: every trainable value is theta + scale * z(seed). With `signs`
-// not 0, the entry of row r and column c of a weight, or of a factor that is trained, gets z * R(r) * C(c)
-// instead, where R and C are -1 or 1 and depend on `signs`: many directions from one z (GRZO, arXiv
-// 2606.02857).
+// A probe as one forward pass sees it: every trainable value is theta + scale * z(seed).
 typedef struct zo_branch {
     uint64_t seed;
-    uint64_t signs;
     float    scale;
 } zo_branch;
 
@@ -108,8 +104,8 @@ ZO_API int64_t   zo_store_size(const zo_store * store);                  // entr
 ZO_API zo_status zo_store_read(const zo_store * store, float * theta);   // [size]
 ZO_API zo_status zo_store_write(zo_store * store, const float * theta);  // [size]
 
-// z[size] as a branch with this seed and these signs has it.
-ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float * z);
+// z[size] as a branch with this seed has it.
+ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z);
 
 // ---- in place: values inside the bytes of loaded weights --------------------------------------------
 
@@ -168,8 +164,7 @@ ZO_API zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t nu
 ZO_API zo_status zo_lowrank_train(zo_lowrank * lowrank, int32_t number, int64_t rank, float factor,
                                   uint32_t tensor, const float * masters);
 
-// Where all such masters are moved to in a branch: z is that of their `tensor` in zo_noise. For its signs,
-// `right` and `left` lie side by side in one matrix [rank][n_cols + n_rows].
+// Where all such masters are moved to in a branch: z is that of their `tensor` in zo_noise.
 ZO_API zo_status zo_lowrank_probe(zo_lowrank * lowrank, int32_t branch, zo_branch probe);
 
 // ---- gains: y *= factors, after an element-wise product with a weight (a norm's) ---------------------

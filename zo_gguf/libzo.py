@@ -7,6 +7,7 @@ after `import llama_cpp`. What the calls mean is documented in zo.h.
 import ctypes
 import functools
 import sys
+from collections.abc import Sequence
 from ctypes import (
     POINTER,
     c_bool,
@@ -19,7 +20,7 @@ from ctypes import (
     c_uint64,
 )
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +34,20 @@ FLOATS = POINTER(c_float)
 INTS = POINTER(c_int32)
 
 
+class Probe(NamedTuple):
+    """A place near theta: theta + scale * z(seed); scale 0 is theta itself."""
+
+    seed: int
+    scale: float
+
+
+AT_THETA = Probe(0, 0.0)
+
+
 class Branch(ctypes.Structure):
     """zo_branch."""
 
-    _fields_ = (("seed", c_uint64), ("signs", c_uint64), ("scale", c_float))
+    _fields_ = (("seed", c_uint64), ("scale", c_float))
 
 
 class Field(ctypes.Structure):
@@ -88,7 +99,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_store_size": (c_int64, (Handle,)),
     "zo_store_read": (c_int32, (Handle, FLOATS)),
     "zo_store_write": (c_int32, (Handle, FLOATS)),
-    "zo_store_noise": (c_int32, (Handle, c_uint64, c_uint64, FLOATS)),
+    "zo_store_noise": (c_int32, (Handle, c_uint64, FLOATS)),
     "zo_store_apply": (
         c_int32,
         (Handle, c_char_p, Branch, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32),
@@ -291,9 +302,9 @@ class Store(_Masters):
             "add", self.handle, name.encode(), *shape, indices.size, sorted_indices, _floats(theta)
         )
 
-    def noise(self, seed: int, signs: int = 0) -> Vector:
-        """z(seed), (nnz,), its signs changed by row and column where `signs` is not 0."""
-        return self._filled("noise", seed, signs)
+    def noise(self, seed: int) -> Vector:
+        """z(seed), (nnz,)."""
+        return self._filled("noise", seed)
 
 
 class InPlace(_Masters):
@@ -312,21 +323,21 @@ class InPlace(_Masters):
         """z(seed), (size,); 0 where a master's magnitude is above its tensor's limit."""
         return self._filled("noise", seed)
 
-    def values(self, seed: int = 0, scale: float = 0.0) -> Vector:
-        """Live values, (size,), before they are rounded to the tensors' types."""
-        return self._filled("values", Branch(seed, 0, scale))
+    def values(self, probe: Probe = AT_THETA) -> Vector:
+        """Live values at a probe, (size,), before they are rounded to the tensors' types."""
+        return self._filled("values", Branch(*probe))
 
     def check(self) -> None:
         """Raise ZoError as `apply` would."""
         self._call("check", self.handle)
 
-    def apply(self, seed: int, scale: float) -> None:
-        """Write the live values at theta + scale * z(seed) into the loaded weights.
+    def apply(self, probe: Probe) -> None:
+        """Write the live values at a probe into the loaded weights.
 
         Raises:
             ZoError: No decode has used a tensor yet, or its memory must not be written.
         """
-        self._call("apply", self.handle, Branch(seed, 0, scale))
+        self._call("apply", self.handle, Branch(*probe))
 
 
 class LowRank(_Handle):
@@ -353,9 +364,9 @@ class LowRank(_Handle):
         `factor` times, left (rank, n_rows); `tensor` is their noise's number."""
         self._call("train", self.handle, number, rank, factor, tensor, _floats(masters))
 
-    def probe(self, branch: int, seed: int, scale: float, signs: int = 0) -> None:
-        """Move all masters of `train` by scale * z(seed, signs) in a branch."""
-        self._call("probe", self.handle, branch, Branch(seed, signs, scale))
+    def probe(self, branch: int, probe: Probe) -> None:
+        """Move all masters of `train` to a probe in a branch."""
+        self._call("probe", self.handle, branch, Branch(*probe))
 
 
 class Gain(_Handle):
@@ -430,14 +441,14 @@ class Hook(_Handle):
 
     def begin(
         self,
-        branches: list[tuple[int, int, float]],
+        branches: Sequence[Probe],
         token_branch: NDArray[np.int32],
         output_branch: NDArray[np.int32],
         target_output: NDArray[np.int32],
         target_token: NDArray[np.int32],
     ) -> None:
-        """Announce a decode: (seed, signs, scale) of each branch, the branch of every token and
-        output column, and the output column and token id of every target (ascending by column)."""
+        """Announce a decode: the probe of each branch, the branch of every token and output
+        column, and the output column and token id of every target (ascending by column)."""
         array = (Branch * len(branches))(*(Branch(*branch) for branch in branches))
         batch = Batch(
             token_branch.size,

@@ -11,11 +11,6 @@ ZO_HD float sign_of_bit(uint32_t bits, uint64_t i) {
     return (bits >> i & 1) != 0 ? 1.0f : -1.0f;
 }
 
-// Value i of a tensor's Rademacher sequence: a counter gives the signs of 32 values.
-ZO_HD float rademacher_value(uint64_t seed, uint32_t tensor, uint64_t i) {
-    return sign_of_bit(philox(seed, tensor, i / 32).x[0], i % 32);
-}
-
 // z[4 * index .. 4 * index + 3] of a tensor under either distribution.
 ZO_HD void noise_block(bool rademacher, uint64_t seed, uint32_t tensor, uint64_t index, float z[4]) {
     if (!rademacher) {

@@ -272,10 +272,7 @@ private:
             theta_version_ = store.version;
         }
         sparse_on_gpu & entries = sparse(weight);
-        if (std::any_of(branches.begin(), branches.end(), [](const zo_branch & b) { return b.signs != 0; })) {
-            entries.locate_entries(weight, queue_);
-        }
-        const size_t n = std::min(at_once(weight, branches), branches.size() - first);
+        const size_t    n       = std::min(at_once(weight, branches), branches.size() - first);
         values_.reserve(n * (size_t) weight.nnz());
         entries.fill(queue_, store.distribution, theta_.data() + weight.offset,
                      branches_.follow(branches, queue_.stream) + first, (int32_t) n, values_.data());

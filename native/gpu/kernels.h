@@ -61,8 +61,7 @@ struct sparse_on_gpu {
     device_array<int32_t>      used, place;
     device_array<row_part>     parts;
     device_array<column_chunk> chunks;
-    device_array<int32_t>      entry_row, entry_column;  // [nnz], once a branch has signs
-    int64_t                    nnz, n_rows;
+    int64_t                    nnz;
     int32_t                    n_huge, n_long;
     int                        n_chunks, n_together;
     size_t                     shared;
@@ -70,7 +69,6 @@ struct sparse_on_gpu {
 
     sparse_on_gpu(const sparse_weight & weight, const gpu_queue & queue);
 
-    void locate_entries(const sparse_weight & weight, const gpu_queue & queue);
     // values[branch][nnz] = theta + scale * z for n branches.
     void fill(const gpu_queue & queue, zo_distribution distribution, const float * theta,
               const zo_branch * branches, int32_t n, float * values) const;

@@ -123,11 +123,6 @@ static __global__ void move_kernel(masters_on_gpu masters, bool rademacher, cons
     if (4 * index < masters.n && branch.scale != 0) {
         noise_block(rademacher, branch.seed, masters.tensor, (uint64_t) index, z);
     }
-    for (int64_t i = 4 * index; branch.signs != 0 && i < masters.n && i < 4 * index + 4; ++i) {
-        const signs_of_master place = place_of_master(masters.rank, masters.n_right, masters.n, i);
-        z[i % 4] *= rademacher_value(branch.signs, masters.tensor, (uint64_t) place.row) *
-                    rademacher_value(branch.signs, masters.tensor, (uint64_t) place.column);
-    }
     float * out = moved + (int64_t) blockIdx.y * masters.n;
     for (int64_t i = 4 * index; i < masters.n && i < 4 * index + 4; ++i) {
         const float value = masters.values[i] + branch.scale * z[i % 4];

@@ -109,8 +109,7 @@ sparse_layout::sparse_layout(const sparse_weight & weight, size_t shared_limit) 
 
 // Four entries per thread and a branch per row of the grid.
 static __global__ void fill_kernel(const float * theta, int64_t nnz, uint32_t tensor, bool rademacher,
-                                   const zo_branch * branches, const int32_t * entry_row,
-                                   const int32_t * entry_column, int64_t n_rows, float * values) {
+                                   const zo_branch * branches, float * values) {
     const int64_t index = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
     if (4 * index >= nnz) {
         return;
@@ -122,14 +121,7 @@ static __global__ void fill_kernel(const float * theta, int64_t nnz, uint32_t te
     }
     float * out = values + (int64_t) blockIdx.y * nnz;
     for (int64_t i = 4 * index; i < nnz && i < 4 * index + 4; ++i) {
-        float unit = z[i % 4];
-        if (branch.signs != 0 && branch.scale != 0) {
-            // As zo_store::flip: R of row r is value r, C of column c is value n_rows + c.
-            const uint64_t column = (uint64_t) (n_rows + entry_column[i]);
-            unit *= rademacher_value(branch.signs, tensor, (uint64_t) entry_row[i]) *
-                    rademacher_value(branch.signs, tensor, column);
-        }
-        out[i] = branch.scale != 0 ? theta[i] + branch.scale * unit : theta[i];
+        out[i] = branch.scale != 0 ? theta[i] + branch.scale * z[i % 4] : theta[i];
     }
 }
 
@@ -279,7 +271,7 @@ static void allow_shared(const gpu_queue & queue) {
 }
 
 sparse_on_gpu::sparse_on_gpu(const sparse_weight & weight, const gpu_queue & queue)
-    : nnz(weight.nnz()), n_rows(weight.n_rows), tensor(weight.id) {
+    : nnz(weight.nnz()), tensor(weight.id) {
     const sparse_layout layout(weight, queue.shared_bytes);
     used.upload(layout.used.data(), layout.used.size(), queue.stream);
     place.upload(layout.place.data(), layout.place.size(), queue.stream);
@@ -296,20 +288,11 @@ sparse_on_gpu::sparse_on_gpu(const sparse_weight & weight, const gpu_queue & que
     check(cudaStreamSynchronize(queue.stream), "a copy");  // before `layout` goes
 }
 
-void sparse_on_gpu::locate_entries(const sparse_weight & weight, const gpu_queue & queue) {
-    if (entry_column.size() == 0) {
-        const std::vector<int32_t> row = rows_of(weight), column = columns_of(weight);
-        entry_row.upload(row.data(), row.size(), queue.stream);
-        entry_column.upload(column.data(), column.size(), queue.stream);
-        check(cudaStreamSynchronize(queue.stream), "a copy");
-    }
-}
-
 void sparse_on_gpu::fill(const gpu_queue & queue, zo_distribution distribution, const float * theta,
                          const zo_branch * branches, int32_t n, float * values) const {
     const dim3 grid((unsigned) ((nnz + 4 * THREADS - 1) / (4 * THREADS)), (unsigned) n);
     launch(fill_kernel, grid, THREADS, 0, queue.stream, theta, nnz, tensor, distribution == ZO_RADEMACHER,
-           branches, entry_row.data(), entry_column.data(), n_rows, values);
+           branches, values);
 }
 
 void sparse_on_gpu::apply(const gpu_queue & queue, const float * values, int32_t first, int32_t n,

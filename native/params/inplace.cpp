@@ -315,8 +315,8 @@ zo_status zo_inplace_check(const zo_inplace * inplace) {
 
 zo_status zo_inplace_apply(zo_inplace * inplace, zo_branch branch) {
     return guarded([&] {
-        if (inplace == nullptr || branch.signs != 0) {
-            return fail(ZO_ARGUMENT, "in-place values take no signs per example");
+        if (inplace == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_inplace_apply got a null pointer");
         }
         const zo_status status = zo_inplace_check(inplace);
         if (status != ZO_OK) {

@@ -29,17 +29,6 @@ struct lowrank_masters {
     std::vector<float> values;
 };
 
-// Which values of a Rademacher sequence are the signs of master i: those of its row and its column.
-struct signs_of_master {
-    int64_t row, column;
-};
-
-ZO_HD signs_of_master place_of_master(int64_t rank, int64_t n_right, int64_t n, int64_t i) {
-    const int64_t n_cols = n_right / rank, n_rows = (n - n_right) / rank, j = i - n_right;
-    return i < n_right ? signs_of_master{ i / n_cols, rank + i % n_cols }
-                       : signs_of_master{ j / n_rows, rank + n_cols + j % n_rows };
-}
-
 struct lowrank_weight {
     std::string                  name;
     int64_t                      n_rows = 0;
@@ -71,6 +60,4 @@ struct zo_lowrank : zo::named_weights<zo::lowrank_weight> {
 
 private:
     void make(const zo::lowrank_weight & weight, const zo_branch & probe, zo::lowrank_factors & made) const;
-
-    zo::lowrank_factors signed_;  // every row may have a branch with signs: too many to keep
 };

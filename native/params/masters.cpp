@@ -16,11 +16,7 @@ const zo::lowrank_factors & zo_lowrank::factors(const zo::lowrank_weight & weigh
     if (masters.rank == 0) {
         return weight.branches.at((size_t) branch);
     }
-    const zo_branch & probe = probes.at((size_t) branch);
-    if (probe.signs != 0 && probe.scale != 0) {
-        make(weight, probe, signed_);
-        return signed_;
-    }
+    const zo_branch &                  probe    = probes.at((size_t) branch);
     std::vector<zo::lowrank_factors> & branches = weights[weight.id].branches;
     branches.resize(std::max(branches.size(), probes.size()));
     zo::lowrank_factors & made = branches[(size_t) branch];
@@ -38,27 +34,12 @@ void zo_lowrank::make(const zo::lowrank_weight & weight, const zo_branch & probe
     made.rank = masters.rank;
     made.right.resize((size_t) n_right);
     made.left.resize((size_t) (n - n_right));
-    std::vector<float> signs;  // of rows, then of columns
-    if (probe.signs != 0) {
-        signs.resize((size_t) (masters.rank + weight.n_cols + weight.n_rows));
-        zo::noise_range(ZO_RADEMACHER, probe.signs, masters.tensor, 0, (int64_t) signs.size(), signs.data());
-    }
     constexpr int64_t chunk = 1 << 12;
     zo::parallel_for((n + chunk - 1) / chunk, n_threads, [&](int64_t c, int) {
         float         z[chunk] = {};
         const int64_t first = c * chunk, end = std::min(n, first + chunk);
         if (probe.scale != 0) {
             zo::noise_range(distribution, probe.seed, masters.tensor, first, end - first, z);
-        }
-        for (int64_t i = first; i < end && !signs.empty();) {
-            const auto    place = zo::place_of_master(masters.rank, n_right, n, i);
-            const float   row   = signs[(size_t) place.row];
-            const float * sign  = signs.data() + place.column;
-            const float * last =
-                signs.data() + masters.rank + (i < n_right ? 0 : weight.n_rows) + weight.n_cols;
-            for (; i < end && sign < last; ++i, ++sign) {
-                z[i - first] *= row * *sign;
-            }
         }
         for (int64_t i = first; i < end; ++i) {
             const float value = masters.values[(size_t) i] + probe.scale * z[i - first];

@@ -190,33 +190,10 @@ const float * zo_store::branch_values(const zo::sparse_weight & weight, const zo
     }
     const float * z = noise(branch.seed) + weight.offset;
     values_.resize(std::max(values_.size(), (size_t) weight.nnz()));
-    if (branch.signs != 0) {
-        std::copy(z, z + weight.nnz(), values_.begin());
-        flip(weight, branch.signs, values_.data());
-        z = values_.data();
-    }
     for (int64_t i = 0; i < weight.nnz(); ++i) {
         values_[(size_t) i] = masters[i] + branch.scale * z[i];
     }
     return values_.data();
-}
-
-// R of row r is value r, C of column c is value n_rows + c of the weight's Rademacher sequence.
-void zo_store::flip(const zo::sparse_weight & weight, uint64_t signs, float * z) {
-    const auto sign = [&](int64_t i) { return zo::rademacher_value(signs, weight.id, (uint64_t) i); };
-    column_signs_.resize((size_t) weight.cols.size());
-    for (size_t place = 0; place < column_signs_.size(); ++place) {
-        column_signs_[place] = sign(weight.n_rows + weight.cols.index[place]);
-    }
-    for (size_t place = 0; place < (size_t) weight.rows.size(); ++place) {
-        if (weight.row_first[place] == weight.row_end[place]) {
-            continue;
-        }
-        const float row = sign(weight.rows.index[place]);
-        for (int32_t i = weight.row_first[place]; i < weight.row_end[place]; ++i) {
-            z[i] *= row * column_signs_[(size_t) weight.col[(size_t) i]];
-        }
-    }
 }
 
 void zo_store::keep_noise(const std::vector<uint64_t> & seeds) {
@@ -302,7 +279,7 @@ zo_status zo_store_write(zo_store * store, const float * theta) {
     return ZO_OK;
 }
 
-zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float * z) {
+zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z) {
     return guarded([&] {
         if (store == nullptr || z == nullptr) {
             return fail(ZO_ARGUMENT, "zo_store_noise got a null pointer");
@@ -310,11 +287,6 @@ zo_status zo_store_noise(zo_store * store, uint64_t seed, uint64_t signs, float 
         store->keep_noise({ seed });
         if (!store->copy_noise(seed, z)) {
             store->fill_noise(seed, z);
-        }
-        if (signs != 0) {
-            for (const zo::sparse_weight & weight : store->weights) {
-                store->flip(weight, signs, z + weight.offset);
-            }
         }
         return ZO_OK;
     });

@@ -62,10 +62,8 @@ struct zo_store : zo::named_weights<zo::sparse_weight> {
     void fill_noise(uint64_t seed, float * z) const;
     // theta + scale * z(seed) of one weight, valid until the next call.
     const float * branch_values(const zo::sparse_weight & weight, const zo_branch & branch);
-    // Multiplies a weight's entries by their rows' and columns' signs.
-    void flip(const zo::sparse_weight & weight, uint64_t signs, float * z);
 
 private:
     std::map<uint64_t, std::vector<float>> noise_;
-    std::vector<float>                     values_, column_signs_;
+    std::vector<float>                     values_;
 };

@@ -21,7 +21,6 @@ from zo_gguf.params.delta import Delta
 from zo_gguf.params.lora import SparseFactors
 from zo_gguf.params.mask import Mask, MaskHeader
 from zo_gguf.tuning.methods import start
-from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.verbs.replay import replay
 from zo_gguf.verbs.tune import tune
 
@@ -169,20 +168,10 @@ def test_adapter_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.Monkey
     assert path(path="adapter") == "adapter"
 
 
-def test_grzo_takes_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
-    for estimator, path in (("grzo", "hook"), ("spsa", "adapter")):
-        trainable = Trainable(config(tmp_path, "sensitive", n_gpu_layers=-1, estimator=estimator))
-        with trainable.open_engine() as engine:
-            assert engine.path == path
-
-
-def test_one_probe_and_no_signs(tmp_path: Path) -> None:
+def test_one_probe_in_a_decode(tmp_path: Path) -> None:
     given = config(tmp_path, "sensitive")
     delta = start(given, GgufFile(given.model))
     with pytest.raises(ZoError, match="one probe at a time"):
         Engine(given.model, mask=delta, n_threads=1, path="adapter", probes_per_decode=2)
     with Engine(given.model, mask=delta, n_threads=1, path="adapter") as engine:
         assert engine.widest(ROWS) == 1
-        with pytest.raises(ZoError, match="use --path hook for grzo"):
-            engine.losses(ROWS, [[Probe(1, 0.1, k + 1) for k in range(3)]])

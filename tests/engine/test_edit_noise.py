@@ -1,4 +1,4 @@
-"""z of gains and products, plain and with the signs of an example (GRZO), through `Parameters`."""
+"""z of gains and products, through `Parameters`."""
 
 from pathlib import Path
 
@@ -11,11 +11,10 @@ from tests.native.test_native_edits import noise
 from tests.params.test_kinds import HEADER, NONE, floats
 from zo_gguf.engine.model import native_library
 from zo_gguf.engine.parameters import Parameters
-from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL
 from zo_gguf.params.delta import Delta
-from zo_gguf.params.kinds import Edits, Gain, Live, LowRank, Products
+from zo_gguf.params.kinds import Edits, Gain, LowRank, Products
 
 N_ROWS, N_COLS, RANK = 6, 5, 3
 EDITS: Edits = {"gain": Gain(7)}
@@ -26,7 +25,7 @@ PRODUCTS: Products = {
 }  # fmt: skip
 # What the noise calls the first product and the first gain; above all numbers of the native parts.
 FIRST_LOW_RANK, FIRST_GAIN = 1 << 31, 3 << 30
-SEED, SIGNS, STEP = 5, 2**64 - 3, 14  # in the second subspace
+SEED, STEP = 5, 14  # in the second subspace
 
 
 @pytest.fixture
@@ -52,31 +51,3 @@ def test_z_is_that_of_the_tensors_numbers(parameters: Parameters) -> None:
     np.testing.assert_array_equal(np.hstack([a.ravel(), b.ravel()]), of_lora)
     assert not windows[[0, 2]].any()  # only one subspace is trained at a time
     np.testing.assert_array_equal(windows[1], noise(NORMAL, SEED, FIRST_LOW_RANK + 1, 9, 9))
-
-
-def test_signs_are_those_of_rows_and_columns(parameters: Parameters) -> None:
-    plain, changed = (parts(parameters.noise(SEED, signs)) for signs in (0, SIGNS))
-    with np.errstate(invalid="ignore"):
-        gain, a, b, windows = (
-            np.nan_to_num(after / before) for after, before in zip(changed, plain, strict=True)
-        )
-    flips = noise(RADEMACHER, SIGNS, FIRST_GAIN, 0, 8)
-    np.testing.assert_array_equal(gain, flips[0] * flips[1:])
-    flips = noise(RADEMACHER, SIGNS, FIRST_LOW_RANK, 0, RANK + N_COLS + N_ROWS)
-    rows, of_a, of_b = np.split(flips, [RANK, RANK + N_COLS])
-    np.testing.assert_array_equal(a, np.outer(rows, of_a))
-    np.testing.assert_array_equal(b, np.outer(rows, of_b))
-    flips = noise(RADEMACHER, SIGNS, FIRST_LOW_RANK + 1, 0, 2 * RANK)
-    np.testing.assert_array_equal(windows[1], np.outer(flips[:RANK], flips[RANK:]).ravel())
-    assert not windows[[0, 2]].any()
-
-
-def test_values_in_place_have_no_signs(tmp_path: Path) -> None:
-    gguf = GgufFile(write_llama(tmp_path / "m.gguf", Type.F32))
-    name = "blk.0.attn_norm.weight"
-    size = gguf.tensors[name].n_cols
-    delta = Delta({}, {}, np.ones(size, np.float32), HEADER, {name: Live("weight", size)})
-    parameters = Parameters(native_library(), delta, gguf, 1, NORMAL)
-    assert parameters.noise(SEED).any()
-    with pytest.raises(ZoError, match="no signs per example"):
-        parameters.noise(SEED, SIGNS)

@@ -96,10 +96,3 @@ def fzoo(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimate
     here = float(rows(loss, theta).mean())
     there = [rows(loss, theta + eps * z).mean() for z in steps]
     return there, [here] * len(there), [(a - here) / np.std(there) for a in there]
-
-
-def grzo(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
-    plus = [rows(loss, theta + eps * z)[row] for row, z in enumerate(steps)]
-    minus = [rows(loss, theta - eps * z)[row] for row, z in enumerate(steps)]
-    differences = np.subtract(plus, minus)
-    return plus, minus, list(differences / differences.std())

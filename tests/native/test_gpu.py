@@ -166,19 +166,6 @@ def test_entries_in_chunks_and_long_rows(
     assert np.median(np.abs(on_gpu(delta, path) - cpu)) < bound
 
 
-@pytest.mark.parametrize("method", ["sensitive", "norm", "lora", "subspace"])
-def test_signs_per_example(
-    method: str, on_gpu: Losses, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    given, delta, theta = prepare(tmp_path, method, "F32")
-    probes = [[Probe(3, s * 0.1, signs) for signs in (5, 6, 7)] for s in (1, -1, 0)]
-    for distribution in (NORMAL, RADEMACHER):
-        options = {"theta": theta, "distribution": distribution}
-        gpu = on_gpu(delta, given.model, probes, **options)
-        cpu = beside(request, delta, given.model, probes, **options)
-        agree(gpu[::-1], cpu[::-1], exact=False)
-
-
 def test_branches_in_turns(on_gpu: Losses, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """More values than are kept at a time: 8 M on a GPU, fewer on its stand-in."""
     path = write_llama(tmp_path / "m.gguf", Type.F32)

@@ -1,4 +1,4 @@
-"""libzo beyond normal noise on sparse entries: Rademacher noise, signs per example, low rank.
+"""libzo beyond normal noise on sparse entries: Rademacher noise and low rank.
 
 Values edited in place have a file of their own.
 """
@@ -12,7 +12,7 @@ import pytest
 from tests.native.test_native import philox
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.libzo import NORMAL, ON_CPU, RADEMACHER, Branch, LowRank, Store, pointer
+from zo_gguf.libzo import AT_THETA, NORMAL, ON_CPU, RADEMACHER, LowRank, Probe, pointer
 
 
 def noise(kind: int, seed: int, tensor: int, first: int, n: int) -> np.ndarray:
@@ -51,97 +51,6 @@ def test_rademacher_is_balanced_and_uncorrelated() -> None:
     others = [noise(RADEMACHER, 4, 0, 0, n), noise(RADEMACHER, 3, 1, 0, n)]
     for other in others + [np.roll(z, lag) for lag in (1, 2, 31, 32, 64)]:
         assert abs((z * other).mean(dtype=np.float64)) < 5 / np.sqrt(n)
-
-
-# ---- signs per example ---------------------------------------------------------------------------
-
-
-def dense_store(shape: tuple[int, int], kind: int = NORMAL) -> Store:
-    """Two weights of the same shape with all entries trainable."""
-    store, n = Store(native_library(), 1, kind), shape[0] * shape[1]
-    for name in ("v", "w"):
-        store.add(name, shape, np.arange(n), np.zeros(n, np.float32))
-    return store
-
-
-@pytest.mark.parametrize("kind", [NORMAL, RADEMACHER])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (9, 13), (70, 65)])
-def test_signs_change_by_row_and_by_column_only(shape: tuple[int, int], kind: int) -> None:
-    store = dense_store(shape, kind)
-    seen = []
-    for signs in (1, 2, 2**64 - 1):
-        flips = (store.noise(5, signs) / store.noise(5)).reshape(2, *shape)
-        np.testing.assert_array_equal(np.abs(flips), 1)
-        for matrix in flips:  # of rank one: row signs times column signs
-            np.testing.assert_array_equal(matrix, matrix[:, :1] * matrix[:1] * matrix[0, 0])
-        other = (store.noise(6, signs) / store.noise(6)).reshape(2, *shape)
-        np.testing.assert_array_equal(flips, other)
-        seen += list(flips)
-    if min(shape) > 1:  # every number and every weight has signs of its own
-        assert len({matrix.tobytes() for matrix in seen}) == len(seen)
-    np.testing.assert_array_equal(store.noise(5, 0), store.noise(5))
-    store.free()
-
-
-def test_row_and_column_signs_are_balanced_and_independent() -> None:
-    n = 1000
-    store = Store(native_library(), 1)
-    index = np.union1d(np.arange(n) * n, np.arange(n))  # the first row and the first column
-    store.add("w", (n, n), index, np.zeros(index.size, np.float32))
-    flips = store.noise(1, 77) / store.noise(1)
-    rows, cols = flips[index % n == 0] * flips[0], flips[index < n]
-    store.free()
-    assert rows.size == cols.size == n
-    for product in (rows, cols, rows * cols, rows[1:] * rows[:-1], cols[1:] * cols[:-1]):
-        assert abs(product[1:].mean()) < 5 / np.sqrt(n)
-
-
-def test_signs_of_an_entry_do_not_depend_on_the_others() -> None:
-    shape, n = (300, 400), 120_000
-    dense = Store(native_library(), 1)
-    dense.add("w", shape, np.arange(n), np.zeros(n, np.float32))
-    flips = dense.noise(5, 9) / dense.noise(5)
-    rng = np.random.default_rng(0)
-    for count in (20, 300, 3000):  # few rows, some of them, and nearly all
-        index = np.sort(rng.choice(n, count, replace=False))
-        sparse = Store(native_library(), 1)
-        sparse.add("w", shape, index, np.zeros(count, np.float32))
-        np.testing.assert_array_equal(sparse.noise(5, 9) / sparse.noise(5), flips[index])
-        sparse.free()
-    dense.free()
-
-
-@pytest.mark.parametrize("n_tokens", [1, 2, 17])
-@pytest.mark.parametrize(
-    ("shape", "density"), [((7, 33), 1.0), ((64, 300), 0.01), ((129, 50), 0.3)]
-)
-def test_overlay_with_signs_against_float64(
-    shape: tuple[int, int], density: float, n_tokens: int, device: int
-) -> None:
-    rng = np.random.default_rng(0)
-    nnz = int(shape[0] * shape[1] * density)
-    indices = np.sort(rng.choice(shape[0] * shape[1], nnz, replace=False)).astype(np.int64)
-    store = Store(native_library(), 2)
-    store.add("first", (2, 2), np.array([1, 2]), np.zeros(2, np.float32))
-    theta = rng.standard_normal(nnz).astype(np.float32)
-    store.add("w", shape, indices, theta)
-    x = rng.standard_normal((n_tokens, shape[1])).astype(np.float32)
-    start = rng.standard_normal((n_tokens, shape[0])).astype(np.float32)
-    results = []
-    for signs in (0, 12345):
-        values = np.zeros(shape)
-        z = store.noise(77, signs)[2:].astype(np.float64)
-        values.flat[indices] = theta + np.float64(0.25) * z
-        y = start.copy()
-        native_library().call(
-            "zo_store_apply", store.handle, b"w", Branch(77, signs, 0.25), n_tokens,
-            pointer(x, c_float), shape[1], pointer(y, c_float), shape[0], device,
-        )  # fmt: skip
-        expected = start + x.astype(np.float64) @ values.T
-        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.sqrt(shape[1]))
-        results.append(y)
-    assert np.abs(results[0] - results[1]).max() > 0.01
-    store.free()
 
 
 # ---- low rank ------------------------------------------------------------------------------------
@@ -205,19 +114,13 @@ def test_trained_factors_are_moved_by_their_noise(distribution: int, device: int
         part.add("w", (n_rows, n_cols))
     for number, masters in enumerate((floats(rank * 102), floats(rank * 102, seed=4))):
         trained.train(0, rank, factor, tensor, masters)
-        # A branch with signs twice: its factors are in turn with those of another.
-        probes = [(5, 0.3, 0), (0, 0.0, 7), (6, -0.3, 0), (6, 0.3, 2**63 + 1), (6, 0.3, 8)]
-        for branch, (seed, scale, signs) in [*enumerate(probes), (3, probes[3])]:
-            z = noise(distribution, seed, tensor, 0, masters.size)
-            if signs:
-                flips = noise(RADEMACHER, signs, tensor, 0, rank + n_cols + n_rows)
-                of_rank, of_cols, of_rows = np.split(flips, [rank, rank + n_cols])
-                a, b = np.outer(of_rank, of_cols), np.outer(of_rank, of_rows)
-                z = z * np.concatenate([a.ravel(), b.ravel()])
-            moved = masters + np.float32(scale) * z
+        probes = [Probe(5, 0.3), AT_THETA, Probe(6, -0.3), Probe(6, 0.3)]
+        for branch, probe in [*enumerate(probes), (1, Probe(7, 0.3))]:  # and one that moves on
+            z = noise(distribution, probe.seed, tensor, 0, masters.size)
+            moved = masters + np.float32(probe.scale) * z
             right, left = np.split(moved, [rank * n_cols])
             fixed.set(branch, 0, factor * left.reshape(rank, -1), right.reshape(rank, -1))
-            trained.probe(branch, seed, scale, signs)
+            trained.probe(branch, probe)
             found, expected = (product(p, branch, 0, x, y, 1, device) for p in (trained, fixed))
             assert found.tobytes() == expected.tobytes(), (number, branch)
     assert np.abs(product(trained, 0, 0, x, y) - y).max() > 0.1

@@ -13,7 +13,7 @@ import pytest
 
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.libzo import Field, Hook, InPlace, Tensors
+from zo_gguf.libzo import AT_THETA, Field, Hook, InPlace, Probe, Tensors
 
 F32, WEIGHTS = 0, 1  # ggml_type, ggml_backend_buffer_usage
 N_COLS, N_ROWS = 8, 2
@@ -128,13 +128,13 @@ def test_a_weight_that_lies_in_two_places_is_written_to_both(graph: Graph) -> No
         evaluate(graph.nodes[name], True, hook.handle)
     for moved in (values, values + 1):
         in_place.write(moved)
-        in_place.apply(0, 0.0)
+        in_place.apply(AT_THETA)
         for name in (NAME, COPY):
             assert np.array_equal(graph.values(name).reshape(-1), moved)
     assert in_place.size == values.size
     np.testing.assert_array_equal(in_place.values(), moved)
     z = in_place.noise(3)
-    in_place.apply(3, 0.5)
+    in_place.apply(Probe(3, 0.5))
     for name in (NAME, COPY):
         np.testing.assert_allclose(graph.values(name).reshape(-1), moved + 0.5 * z, rtol=1e-6)
     hook.free()

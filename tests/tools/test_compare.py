@@ -112,7 +112,6 @@ class TestEntries:
             (Entry("a"), 2),
             (Entry("a", options={"directions": 4}), 8),
             (Entry("a", estimator="fzoo", options={"directions": 8}), 9),
-            (Entry("a", estimator="grzo"), 2),
             (Entry("a", estimator="natural", options={"sides": 1}), 17 / 4),
             (Entry("a", estimator="natural", options={"sides": 2}), 32 / 4),
             (Entry("a", options={"directions": 4, "curvature": True}), 9),

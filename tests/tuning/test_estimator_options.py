@@ -1,4 +1,4 @@
-"""What surrounds an estimator: its options, clipping, and a branch for each row of a decode."""
+"""What surrounds an estimator: its options, and clipping."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tuning.test_estimators import EPS, ROWS, SEEDS, Toy, config, linear, quadratic, toy
-from zo_gguf.data.dataset import Example
-from zo_gguf.engine.batch import branch_per_example, build_request, lay_out
+from tests.tuning.test_estimators import EPS, ROWS, SEEDS, Toy, config, quadratic, toy
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import NORMAL, RADEMACHER
 from zo_gguf.tuning.estimator import (
@@ -16,7 +14,6 @@ from zo_gguf.tuning.estimator import (
     distribution_of,
     estimate,
     fzoo,
-    grzo,
     spsa,
     trouble,
 )
@@ -36,7 +33,6 @@ def test_losses_that_no_probe_changes_are_noticed() -> None:
     for run in (
         lambda loss: spsa(toy(loss), ROWS, SEEDS, EPS),
         lambda loss: fzoo(toy(loss), ROWS, SEEDS, EPS),
-        lambda loss: grzo(toy(loss), ROWS, 1, EPS),
     ):
         assert "No probe" in trouble(*run(rows))
         assert trouble(*run(one_moves)) is None
@@ -59,8 +55,6 @@ OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwa
     ({"estimator": "natural", "directions": 1}, 1, 2),
     ({"estimator": "fzoo"}, 8, 9),
     ({"estimator": "fzoo", "directions": 3}, 3, 4),
-    ({"estimator": "grzo", "examples_per_step": 5}, 5, 2),
-    ({"estimator": "grzo", "examples_per_step": 5, "directions": 5}, 5, 2),
 ]
 
 
@@ -80,11 +74,10 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "grzo", "directions": 3}, "leave --directions out"),
-        ({"estimator": "grzo", "directions": 1}, "leave --directions out"),
+        ({"estimator": "fzoo", "directions": 1}, "fzoo divides by the deviation"),
         ({"estimator": "fzoo", "curvature": True}, "--curvature is for --estimator spsa, not fzoo"),
         ({"estimator": "natural", "adjust": True}, "--adjust is for --estimator spsa, not natural"),
-        ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo' or 'grzo'"),
+        ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo'"),
         ({"estimator": "spsa", "sides": 1}, "spsa probes 2 side"),
         ({"estimator": "fzoo", "sides": 2}, "fzoo probes 1 side"),
         ({"sides": 3}, "sides must be less than 3"),
@@ -99,34 +92,16 @@ def test_bad_combinations_are_refused(options: dict[str, Any], message: str) -> 
 
 
 def test_what_z_is_drawn_from() -> None:
-    kinds = {
-        name: distribution_of(config(estimator=name))
-        for name in ("spsa", "natural", "fzoo", "grzo")
-    }
-    assert kinds == {"spsa": NORMAL, "natural": NORMAL, "fzoo": RADEMACHER, "grzo": NORMAL}
+    kinds = {n: distribution_of(config(estimator=n)) for n in ("spsa", "natural", "fzoo")}
+    assert kinds == {"spsa": NORMAL, "natural": NORMAL, "fzoo": RADEMACHER}
     assert distribution_of(config(estimator="spsa", curvature=True)) == RADEMACHER
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"estimator": "fzoo", "directions": 1}, {"estimator": "grzo", "examples_per_step": 1}],
-)
-def test_one_direction_cannot_be_normalized(options: dict[str, Any]) -> None:
-    try:
-        given = config(**options)
-    except ZoError:
-        return
-    engine: Any = Toy(linear)
-    rows: Any = range(given.n_rows)
-    (direction,), _ = estimate(engine, rows, given, 0)
-    assert abs(direction.projected_grad) < 1e6
 
 
 # ---- clipping ------------------------------------------------------------------------------------
 
 
 def of(*slopes: float) -> tuple[Direction, ...]:
-    return tuple(Direction(k, k + 1, 2.5, 1.5, slope) for k, slope in enumerate(slopes))
+    return tuple(Direction(k, 2.5, 1.5, slope) for k, slope in enumerate(slopes))
 
 
 def slopes(directions: tuple[Direction, ...]) -> list[float]:
@@ -212,38 +187,3 @@ def test_slopes_of_zero_do_not_stop_a_run_for_good() -> None:
     clip = Clip("adaptive")
     clip.remember(of(0))
     assert slopes(clip(of(5))) == [5]
-
-
-# ---- a branch for each row -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_every_row_of_a_decode_gets_a_branch_of_its_own(padded: bool) -> None:
-    def choices(prompt: list[int], *options: tuple[int, ...]) -> Example:
-        tokens = [*prompt, *options[0]]
-        mask = [False] * len(prompt) + [True] * len(options[0])
-        return Example(tokens, mask, options, 0, len(prompt))
-
-    rows = [
-        Example([1, 2, 3], [False, True, True]),
-        choices([1, 4], (10,), (11, 12), (13, 14, 15)),  # two sequences
-        Example([1, 5, 6, 7], [False, False, True, True]),
-    ]
-    sequences = build_request(rows).sequences
-    assert [s.example for s in sequences] == [0, 1, 1, 2]
-    orders = ([0, 1, 2, 3], [1, 2, 3], [2, 3], [3], [3, 2, 1, 0], [0, 1, 3, 2])
-    for group in ([sequences[k] for k in order] for order in orders):
-        plain = lay_out(group, 1, padded)
-        batch, present = branch_per_example(plain, group)
-        assert present == list(dict.fromkeys(s.example for s in group))
-        owner = [group[k].example for k in batch.sequence_ids]
-        assert [present[branch] for branch in batch.token_branch] == owner
-        columns = np.flatnonzero(batch.is_output)
-        assert [present[branch] for branch in batch.output_branch] == [owner[c] for c in columns]
-        for slot, branch in zip(batch.slots, batch.target_branch, strict=True):
-            (example,) = {s.example for s in group if slot in s.slots}
-            assert present[branch] == example
-        for name in ("token_branch", "output_branch", "target_branch"):
-            assert getattr(batch, name).dtype == np.int32
-        for name in ("tokens", "positions", "sequence_ids", "slots", "target_output"):
-            assert getattr(batch, name) is getattr(plain, name)

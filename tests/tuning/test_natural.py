@@ -37,7 +37,7 @@ class Softmax:
             self.targets = rng.dirichlet(np.ones(N_CHOICES), n_rows)
         self.parameters = SimpleNamespace(delta=SimpleNamespace(edits={}))
 
-    def noise(self, seed: int, signs: int = 0) -> np.ndarray:
+    def noise(self, seed: int) -> np.ndarray:
         return np.random.default_rng(seed).standard_normal(N_WEIGHTS).astype(np.float32)
 
     def probabilities(self, theta: np.ndarray, rows: Any) -> np.ndarray:

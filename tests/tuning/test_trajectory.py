@@ -15,8 +15,8 @@ SIZE = 16 + 2 * 32 + 4
 
 def record(step: int) -> Record:
     pair = (
-        Direction(2**64 - step, 0, 1.5, 1.25, 0.125 * step),
-        Direction(step, 2**63, 2.0, 1.0, -7.0),
+        Direction(2**64 - step, 1.5, 1.25, 0.125 * step),
+        Direction(step, 2.0, 1.0, -7.0),
     )
     return Record(step, 0.01 / step, pair)
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Mask(delta.tensors, residuals, delta.shapes, header).save(folder / "mask.safetensors")
     trajectory = Trajectory.create(folder / "trajectory.bin", {"directions": 1, "seed": 7})
     for step, loss in enumerate((2.0, 1.0), start=1):
-        trajectory.append(Record(step, 0.5, (Direction(step, 0, loss, loss, 0.0),)))
+        trajectory.append(Record(step, 0.5, (Direction(step, loss, loss, 0.0),)))
     trajectory.close()
     return folder
 

@@ -129,7 +129,7 @@ def bench(path: Path, kind: str, rounds: int, n_threads: int) -> None:
     def step(number: int) -> None:
         losses = engine.losses(examples, [Probe(number, 1e-3), Probe(number, -1e-3)]).mean(axis=1)
         slope = float(losses[0] - losses[1]) / 2e-3
-        direction = Direction(number, 0, float(losses[0]), float(losses[1]), slope)
+        direction = Direction(number, float(losses[0]), float(losses[1]), slope)
         optimizer.update(theta, gradient_estimate([direction], engine.parameters.noise), 1e-4)
         engine.set_theta(theta)
 

@@ -195,7 +195,7 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
         eps = 1e-3
         up, down = engine.losses(examples, [Probe(number, eps), Probe(number, -eps)]).mean(axis=1)
         slope = float(up - down) / (2 * eps)
-        direction = Direction(number, 0, float(up), float(down), slope)
+        direction = Direction(number, float(up), float(down), slope)
         optimizer.update(theta, gradient_estimate([direction], engine.parameters.noise), _LR)
         engine.set_theta(theta)
 

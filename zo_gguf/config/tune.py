@@ -103,10 +103,9 @@ class TuneConfig(RowsConfig):
         default="",
         metavar="NAME",
     )
-    estimator: Literal["spsa", "natural", "fzoo", "grzo"] = option(
+    estimator: Literal["spsa", "natural", "fzoo"] = option(
         help="how losses become a gradient estimate: probes on both sides of theta (spsa), probes "
-        "combined to the natural gradient of their span (natural), on one side (fzoo), or with a "
-        "direction for each row (grzo)",
+        "combined to the natural gradient of their span (natural), or probes on one side (fzoo)",
         default="natural",
     )
     optimizer: str = option(
@@ -134,7 +133,7 @@ class TuneConfig(RowsConfig):
         below=1e6,
     )
     directions: int | None = option(
-        help="random directions a step (default: 1; natural: 16; fzoo: 8; grzo: one for each row)",
+        help="random directions a step (default: 1; natural: 16; fzoo: 8)",
         default=None,
         low=1,
         below=_MANY,
@@ -242,8 +241,6 @@ class TuneConfig(RowsConfig):
             object.__setattr__(self, "probes_per_decode", width)
         if self.examples_per_step is None:
             object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
-        if self.estimator == "grzo" and self.directions not in (None, self.examples_per_step):
-            raise ZoError("grzo has as many directions as rows; leave --directions out.")
         refuse_unread(self, _OF_METHODS, self.method.split("+"), "method")
         refuse_unread(self, _OF_ESTIMATORS, [self.estimator], "estimator")
         given_sides = self.sides
@@ -253,14 +250,10 @@ class TuneConfig(RowsConfig):
             raise ZoError(f"{self.estimator} probes {sides} side(s); leave --sides out.")
         object.__setattr__(self, "sides", sides)
         if self.directions is None:
-            of_rows = self.examples_per_step
-            default = {"spsa": 1, "natural": 16, "fzoo": 8, "grzo": of_rows}[self.estimator]
+            default = {"spsa": 1, "natural": 16, "fzoo": 8}[self.estimator]
             object.__setattr__(self, "directions", default)
-        if self.estimator in ("fzoo", "grzo") and self.directions == 1:
-            raise ZoError(
-                f"{self.estimator} divides by the deviation of several losses: "
-                "raise --directions (fzoo) or --examples-per-step (grzo)."
-            )
+        if self.estimator == "fzoo" and self.directions == 1:
+            raise ZoError("fzoo divides by the deviation of several losses; raise --directions.")
 
     def _fill_in_method(self) -> None:
         if not self.method:
@@ -288,12 +281,10 @@ class TuneConfig(RowsConfig):
     @property
     def slopes_per_step(self) -> int:
         """Slopes of single rows that a step measures."""
-        return self.n_rows * (1 if self.estimator == "grzo" else self.n_directions)
+        return self.n_rows * self.n_directions
 
     @property
     def forwards_per_step(self) -> int:
         """How often a step sends its rows through the model."""
-        if self.estimator == "grzo":
-            return 2
         probes = self.n_directions + 1 if self.sides == 1 else 2 * self.n_directions
         return probes + self.curvature

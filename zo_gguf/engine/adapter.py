@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.engine.model import load_adapter
-from zo_gguf.engine.parameters import SPARSE, BranchOf, Parameters
+from zo_gguf.engine.parameters import SPARSE, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import NORMAL, Library, Tensors
+from zo_gguf.libzo import NORMAL, Library, Probe, Tensors
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.lora import SparseFactors, check_lora, write_factors
 
@@ -110,16 +110,13 @@ class AdapterParameters(Parameters):
         """True: the adapter holds one set of values."""
         return True
 
-    def prepare(self, probes: Sequence[BranchOf]) -> list[BranchOf]:
+    def prepare(self, probes: Sequence[Probe]) -> list[Probe]:
         """Write the only probe into the adapter; nothing is left for a hook.
 
         Raises:
-            ZoError: The probe has signs per example, or the tensors lie where they cannot be
-                written.
+            ZoError: The tensors lie where they cannot be written.
         """
-        if any(signs for _, signs, _ in probes):
-            raise ZoError("An adapter has no signs per example; use --path hook for grzo.")
-        ((seed, _, scale),) = probes
+        ((seed, scale),) = probes
         live = self.read()
         if scale != 0:
             z = self.noise(seed)

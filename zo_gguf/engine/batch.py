@@ -7,7 +7,7 @@ begin with the same instruction. Pure bookkeeping on token ids.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,6 @@ class TokenSequence:
         positions: int32 (n_targets,) ascending; the token at place p predicts the one after it.
         targets: int32 (n_targets,) the token ids predicted.
         slots: int64 (n_targets,) where each result goes in the flat list of all targets.
-        example: Number of the example that it belongs to.
         tails: Lengths of the tails, which see the shared beginning but not each other.
     """
 
@@ -38,7 +37,6 @@ class TokenSequence:
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
     slots: NDArray[np.int64]
-    example: int = 0
     tails: tuple[int, ...] = ()
 
     @property
@@ -67,14 +65,13 @@ class TokenSequence:
 
 
 def merge_prefixes(
-    completions: list[tuple[list[int], list[int]]], spans: list[tuple[int, int]], example: int
+    completions: list[tuple[list[int], list[int]]], spans: list[tuple[int, int]]
 ) -> list[TokenSequence]:
     """Sequences for one example; an input that begins another one needs none of its own.
 
     Args:
         completions: For each choice its tokens, and ascending which of them count.
         spans: The (first, end) target slots of each.
-        example: Its number.
     """
     groups: list[tuple[list[int], list[tuple[int, int, int]]]] = []
     inputs = [(tokens[: counted[-1]], k) for k, (tokens, counted) in enumerate(completions)]
@@ -97,7 +94,6 @@ def merge_prefixes(
                 np.array(positions, np.int32),
                 np.array(targets_, np.int32),
                 np.array(slots, np.int64),
-                example,
             )
         )
     return sequences
@@ -156,7 +152,6 @@ def _join(group: Sequence[TokenSequence], n_shared: int) -> TokenSequence:
         places[order].astype(np.int32),
         np.concatenate([sequence.targets for sequence in group])[order],
         np.concatenate([sequence.slots for sequence in group])[order],
-        group[0].example,
         tuple(lengths),
     )
 
@@ -251,7 +246,7 @@ def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
     answers: list[int] = []
     targets: list[NDArray[np.float64]] = []
     n_targets = 0
-    for number, example in enumerate(examples):
+    for example in examples:
         if example.choices:
             wanted = [
                 (example.tokens[: example.n_prompt] + list(choice), example.n_prompt)
@@ -267,7 +262,7 @@ def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
         for _, counted in completions:
             spans.append((n_targets, n_targets + len(counted)))
             n_targets += len(counted)
-        own = merge_prefixes(completions, spans, number)
+        own = merge_prefixes(completions, spans)
         sequences.extend(share_prompt(own, max_tokens) if max_tokens else own)
         all_spans.append(spans)
         answers.append(example.answer if example.choices else -1)
@@ -394,37 +389,6 @@ def _columns(
         own = sequence.positions >= n_shared
         found.append(np.where(own, start - n_shared, 0) + sequence.positions)
     return _Columns(tokens, positions, ids, counts), np.concatenate(found)
-
-
-def branch_per_example(
-    batch: DecodeBatch, group: Sequence[TokenSequence]
-) -> tuple[DecodeBatch, list[int]]:
-    """The same decode with a branch for each example in it instead of one branch.
-
-    Args:
-        batch: Of one branch.
-        group: Its sequences.
-
-    Returns:
-        The batch, and the example of each branch.
-    """
-    present = list(dict.fromkeys(sequence.example for sequence in group))
-    branch_of = {example: branch for branch, example in enumerate(present)}
-    of_sequence = np.repeat(
-        np.array([branch_of[sequence.example] for sequence in group], np.int32),
-        [sequence.n_sequences for sequence in group],
-    )
-    token_branch = of_sequence[batch.sequence_ids]
-    output_branch = token_branch[batch.is_output]
-    return (
-        replace(
-            batch,
-            token_branch=token_branch,
-            output_branch=output_branch,
-            target_branch=output_branch[batch.target_output],
-        ),
-        present,
-    )
 
 
 def reduce_losses(

@@ -17,7 +17,6 @@ from zo_gguf.engine.backends import kernels_run, repacking_pays
 from zo_gguf.engine.batch import (
     DecodeBatch,
     Request,
-    branch_per_example,
     build_request,
     lay_out,
     pack,
@@ -27,7 +26,7 @@ from zo_gguf.engine.batch import (
 from zo_gguf.engine.context import Context
 from zo_gguf.engine.model import Vocabulary, default_threads, load_model, native_library
 from zo_gguf.engine.parameters import Parameters
-from zo_gguf.engine.probe import AT_THETA, Matrix, Probes
+from zo_gguf.engine.probe import AT_THETA, Matrix
 from zo_gguf.engine.probe import Probe as Probe
 from zo_gguf.engine.probe import Scores as Scores
 from zo_gguf.engine.readout import hidden_states
@@ -188,7 +187,7 @@ class Engine(Vocabulary):
 
     # ---- losses ----------------------------------------------------------------------------------
 
-    def losses(self, examples: Sequence[Example], probes: Probes = AT_THETA) -> Matrix:
+    def losses(self, examples: Sequence[Example], probes: Sequence[Probe] = (AT_THETA,)) -> Matrix:
         """Loss of every example at every probe, float64 (n_probes, n_examples).
 
         The loss is the mean negative log-likelihood of the example's counted tokens; for an
@@ -196,34 +195,25 @@ class Engine(Vocabulary):
 
         Args:
             examples: Rows.
-            probes: Each one for all examples, or a list with one for each example.
+            probes: Each one for all examples.
 
         Raises:
             ZoError: An example does not fit a decode, or the engine's graph is not supported.
         """
         return self.score(examples, probes).losses
 
-    def score(self, examples: Sequence[Example], probes: Probes = AT_THETA) -> Scores:
+    def score(self, examples: Sequence[Example], probes: Sequence[Probe] = (AT_THETA,)) -> Scores:
         """Losses and correctness of every example at every probe; see `losses`."""
         request = self._request(examples)
         nll = np.full((len(probes), request.n_targets), np.nan)
         n_tokens = 0
-        shared = all(isinstance(probe, Probe) for probe in probes)
-        n_shared = request.n_shared if shared else 0
-        for group in pack(request.sequences, self.ctx_tokens, n_shared):
-            most = repetitions(group, self.ctx_tokens, self._padded, n_shared)
-            width = min(self.probes_per_decode, most) if shared else 1
+        for group in pack(request.sequences, self.ctx_tokens, request.n_shared):
+            most = repetitions(group, self.ctx_tokens, self._padded, request.n_shared)
+            width = min(self.probes_per_decode, most)
             for first in range(0, len(probes), width):
                 together = probes[first : first + width]
-                batch = lay_out(group, len(together), self._padded, n_shared)
-                branches = [probe for probe in together if isinstance(probe, Probe)]
-                if not shared:
-                    batch, present = branch_per_example(batch, group)
-                    (each,) = together
-                    assert not isinstance(each, Probe)
-                    branches = [each[example] for example in present]
-                rows = first + (batch.target_branch if shared else 0)
-                nll[rows, batch.slots] = self._decode(batch, branches)
+                batch = lay_out(group, len(together), self._padded, request.n_shared)
+                nll[first + batch.target_branch, batch.slots] = self._decode(batch, together)
                 n_tokens += batch.tokens.size
         losses, correct, outcomes = reduce_losses(request, nll)
         return Scores(losses, correct, n_tokens, outcomes, request.targets)
@@ -241,9 +231,7 @@ class Engine(Vocabulary):
 
     def _decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> Vector:
         assert self._context is not None
-        branches = [(probe.seed, probe.signs, probe.scale) for probe in probes]
-        if self._parameters is not None:
-            branches = self._parameters.prepare(branches)
+        branches = probes if self._parameters is None else self._parameters.prepare(probes)
         self._context.make_room(batch)
         if self._hook is not None:
             targets = batch.target_output, batch.target_token

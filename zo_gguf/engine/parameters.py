@@ -5,7 +5,6 @@ Needs no model, so that a trajectory can be replayed without one.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import FLOATS, NORMAL, RADEMACHER, Gain, Hook, InPlace, Library, LowRank, Store
+from zo_gguf.libzo import AT_THETA as AT_THETA
+from zo_gguf.libzo import FLOATS, NORMAL, Gain, Hook, InPlace, Library, LowRank, Probe, Store
 from zo_gguf.params import kinds
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import Edit, Live
@@ -26,7 +26,7 @@ FIRST_LOW_RANK, FIRST_GAIN = 1 << 31, 3 << 30
 
 
 class EditNoise:
-    """z(seed) of one edit; with signs, that of one example (GRZO, arXiv 2606.02857).
+    """z(seed) of one edit.
 
     Args:
         library: libzo.
@@ -36,46 +36,24 @@ class EditNoise:
     def __init__(self, library: Library, distribution: int) -> None:
         self._library, self._distribution = library, distribution
 
-    def of_gain(self, number: int, edit: kinds.Gain, seed: int, signs: int = 0) -> Vector:
+    def of_gain(self, number: int, edit: kinds.Gain, seed: int) -> Vector:
         """z of the number-th gain, (edit.size,)."""
-        return self._signed(FIRST_GAIN + number, edit, slice(0, edit.size), seed, signs)
+        return self._part(seed, FIRST_GAIN + number, slice(0, edit.size))
 
-    def of_low_rank(
-        self, number: int, edit: kinds.LowRank, step: int, seed: int, signs: int = 0
-    ) -> Vector:
+    def of_low_rank(self, number: int, edit: kinds.LowRank, step: int, seed: int) -> Vector:
         """z of the masters of the number-th product that the step after `step` steps trains."""
-        return self._signed(FIRST_LOW_RANK + number, edit, edit.trained(step), seed, signs)
+        return self._part(seed, FIRST_LOW_RANK + number, edit.trained(step))
 
-    def _signed(
-        self, tensor: int, edit: kinds.Gain | kinds.LowRank, part: slice, seed: int, signs: int
-    ) -> Vector:
-        z = self._draw(self._distribution, seed, tensor, part)
-        if signs == 0:
-            return z
-        height, widths = edit.matrices
-        flips = self._draw(RADEMACHER, signs, tensor, slice(0, height + sum(widths)))
-        rows, *columns = np.split(flips, list(accumulate(widths[:-1], initial=height)))
-        first = 0
-        for column in columns:
-            end = first + height * column.size
-            matrix = z[first:end].reshape(height, -1)
-            matrix *= rows[:, None]
-            matrix *= column
-            first = end
-        return z
-
-    def _draw(self, distribution: int, seed: int, tensor: int, part: slice) -> Vector:
-        z = np.empty(part.stop - part.start, np.float32)
+    def _part(self, seed: int, tensor: int, part: slice) -> Vector:
+        z, kind = np.empty(part.stop - part.start, np.float32), self._distribution
         self._library.call(
-            "zo_noise", distribution, seed, tensor, part.start, z.size, z.ctypes.data_as(FLOATS)
+            "zo_noise", kind, seed, tensor, part.start, z.size, z.ctypes.data_as(FLOATS)
         )
         return z
 
 
 # ---- theta ---------------------------------------------------------------------------------------
 
-BranchOf = tuple[int, int, float]
-AT_THETA = (0, 0, 0.0)  # the branch (seed, signs, scale) of theta itself
 SPARSE = "sparse"
 
 
@@ -248,20 +226,14 @@ class Parameters:
                 masters, tensor = self._theta[self._low_rank_slices[name]], FIRST_LOW_RANK + number
                 self._low_rank.train(number, edit.rank, edit.scale, tensor, masters)
 
-    def noise(self, seed: int, signs: int = 0) -> Vector:
-        """z(seed), (size,), at the current theta and step, in units; the same bits everywhere.
-
-        Raises:
-            ZoError: `signs` is given, and there are edits in place.
-        """
+    def noise(self, seed: int) -> Vector:
+        """z(seed), (size,), at the current theta and step, in units; the same bits everywhere."""
         if self._store is not None and self._store.size == self.size:
-            return self._store.noise(seed, signs)
+            return self._store.noise(seed)
         z = np.zeros(self.size, np.float32)
         if self._store is not None:
-            z[: self._store.size] = self._store.noise(seed, signs)
+            z[: self._store.size] = self._store.noise(seed)
         if self._in_place is not None:
-            if signs:
-                raise ZoError("Edits in place have no signs per example; use another --estimator.")
             live, first = self._in_place.noise(seed), 0
             if live.size == self.size:
                 return live
@@ -270,11 +242,11 @@ class Parameters:
                 z[part] = live[first : first + n]
                 first += n
         for number, (name, gain) in enumerate(self.delta.gains.items()):
-            z[self._slices[name]] = self._noise.of_gain(number, gain, seed, signs)
+            z[self._slices[name]] = self._noise.of_gain(number, gain, seed)
         step = self.step or 0
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             own = z[self._low_rank_slices[name]]
-            own[edit.trained(step)] = self._noise.of_low_rank(number, edit, step, seed, signs)
+            own[edit.trained(step)] = self._noise.of_low_rank(number, edit, step, seed)
         return z
 
     def live_values(self) -> dict[str, Vector]:
@@ -287,8 +259,8 @@ class Parameters:
             first += edit.size
         return result
 
-    def prepare(self, probes: Sequence[BranchOf]) -> list[BranchOf]:
-        """Have libzo ready for a decode whose branches are these (seed, signs, scale).
+    def prepare(self, probes: Sequence[Probe]) -> list[Probe]:
+        """Have libzo ready for a decode whose branches are at these probes.
 
         Returns:
             The branches as the hook needs them, which perturbs sparse entries by itself.
@@ -298,12 +270,12 @@ class Parameters:
         """
         if self._in_place is not None:
             (probe,) = probes
-            self._in_place.apply(probe[0], probe[2] * self.live_unit)
+            self._in_place.apply(Probe(probe.seed, probe.scale * self.live_unit))
         self.prepare_beside(probes)
         unit = self.unit(SPARSE)
-        return [(seed, signs, scale * unit) for seed, signs, scale in probes]
+        return [Probe(seed, scale * unit) for seed, scale in probes]
 
-    def prepare_beside(self, probes: Sequence[BranchOf] = (AT_THETA,)) -> None:
+    def prepare_beside(self, probes: Sequence[Probe] = (AT_THETA,)) -> None:
         """As `prepare`, except for what is edited in place, whose memory may not be known yet."""
         if not self._factors_are_there:
             self._write_factors()
@@ -311,28 +283,28 @@ class Parameters:
             if self._gain is not None:
                 self._set_gains(self._gain, branch, probe)
             if self._low_rank is not None:
-                seed, signs, scale = probe
-                self._low_rank.probe(branch, seed, scale * self.unit("lora"), signs)
+                of_lora = Probe(probe.seed, probe.scale * self.unit("lora"))
+                self._low_rank.probe(branch, of_lora)
                 self._set_products(self._low_rank, branch, probe)
 
-    def _set_gains(self, gain: Gain, branch: int, probe: BranchOf) -> None:
-        seed, signs, scale = probe
+    def _set_gains(self, gain: Gain, branch: int, probe: Probe) -> None:
+        seed, scale = probe
         for number, (name, edit) in enumerate(self.delta.gains.items()):
             masters = self._theta[self._slices[name]]
             if scale != 0:
-                z = self._noise.of_gain(number, edit, seed, signs)
+                z = self._noise.of_gain(number, edit, seed)
                 masters = masters + np.float32(scale * self.unit("gain")) * z
             gain.set(branch, number, 1 + masters)
 
-    def _set_products(self, low_rank: LowRank, branch: int, probe: BranchOf) -> None:
-        (seed, signs, scale), step = probe, self.step or 0
+    def _set_products(self, low_rank: LowRank, branch: int, probe: Probe) -> None:
+        (seed, scale), step = probe, self.step or 0
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora":
                 continue
             masters = self._theta[self._low_rank_slices[name]]
             if scale != 0:
                 masters = masters.copy()
-                z = self._noise.of_low_rank(number, edit, step, seed, signs)
+                z = self._noise.of_low_rank(number, edit, step, seed)
                 masters[edit.trained(step)] += np.float32(scale * self.unit(edit.kind)) * z
             low_rank.set(branch, number, *edit.factors(masters, self.step))
 

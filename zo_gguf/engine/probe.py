@@ -6,24 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from zo_gguf.libzo import AT_THETA as AT_THETA
+from zo_gguf.libzo import Probe as Probe
+
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One evaluation of the loss, at theta + scale * z(seed); scale 0 is theta itself.
-
-    With `signs` not 0, the signs of z change by row and column (GRZO, arXiv 2606.02857).
-    """
-
-    seed: int
-    scale: float
-    signs: int = 0
-
-
-Probes = Sequence[Probe | Sequence[Probe]]  # each for all examples, or one for each example
-AT_THETA = (Probe(0, 0.0),)
 
 
 @dataclass(frozen=True)

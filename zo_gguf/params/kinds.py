@@ -66,11 +66,6 @@ class Gain:
         """Number of masters."""
         return self.n_values
 
-    @property
-    def matrices(self) -> tuple[int, tuple[int, ...]]:
-        """See `LowRank.matrices`."""
-        return 1, (self.n_values,)
-
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -106,11 +101,6 @@ class LowRank:
     def n_windows(self) -> int:
         """Number of subspaces, one after another in the run."""
         return 1 if self.kind == "lora" else int(self.left.shape[0])
-
-    @property
-    def matrices(self) -> tuple[int, tuple[int, ...]]:
-        """Masters that a step perturbs as matrices of as many rows: those, and columns of each."""
-        return self.rank, (self.n_cols, self.n_rows) if self.kind == "lora" else (self.rank,)
 
     def window(self, step: int) -> int:
         """The subspace that the step after `step` steps trains."""

@@ -288,9 +288,8 @@ def choose_width(
     """
     widths = [1]
     limit = min(config.forwards_per_step, engine.widest(examples))
-    if config.estimator != "grzo":  # whose rows have probes of their own
-        while 2 * widths[-1] <= limit:
-            widths.append(2 * widths[-1])
+    while 2 * widths[-1] <= limit:
+        widths.append(2 * widths[-1])
     seconds: dict[int, list[float]] = {width: [] for width in widths}
     for attempt in range(_ROUNDS + 1):  # the first one warms up
         for width in widths if len(widths) > 1 else []:

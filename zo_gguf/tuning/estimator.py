@@ -10,9 +10,6 @@ Each returns directions whose mean of projected_grad * z is the step's estimate:
   in the span of the step's directions (see `natural`).
 - fzoo (arXiv 2506.09034): one-sided Rademacher probes, (L_i - L0) divided by the standard deviation
   of the L_i, so that a step has about the same length whatever the loss.
-- grzo (arXiv 2606.02857): two forwards in which every row has a direction of its own, made from one
-  z by signs per row and column of each matrix, factors and norms among them; the rows' differences
-  divided by their standard deviation.
 """
 
 from collections.abc import Sequence
@@ -73,14 +70,8 @@ def estimate(
 
     Returns:
         The directions, and the scores behind them.
-
-    Raises:
-        ZoError: The estimator cannot perturb these parameters.
     """
     eps = float(config.eps)
-    if config.estimator == "grzo":
-        (seed,) = direction_seeds(config.seed, step, 1)
-        return grzo(engine, examples, seed, eps)
     seeds = direction_seeds(config.seed, step, config.n_directions)
     if config.estimator == "fzoo":
         return fzoo(engine, examples, seeds, eps)
@@ -122,7 +113,7 @@ def spsa(
     if curvature:
         second = (pairs.sum(axis=1) - 2 * means[-1]) / eps**2
         slopes *= np.maximum(1.0, np.abs(second)) ** -_CURVATURE_POWER
-    return tuple(map(_direction, seeds, [0] * len(seeds), *pairs.T, slopes)), scores
+    return tuple(map(_direction, seeds, *pairs.T, slopes)), scores
 
 
 def natural(
@@ -152,7 +143,7 @@ def natural(
     plus, minus = sides(scores.losses.mean(axis=1), one_sided)
     slopes, information = slopes_and_fisher(scores, eps, one_sided)
     steps = natural_slopes(slopes, information, damping)
-    return tuple(map(_direction, seeds, [0] * len(seeds), plus, minus, steps)), scores
+    return tuple(map(_direction, seeds, plus, minus, steps)), scores
 
 
 def fzoo(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float) -> Estimate:
@@ -161,22 +152,7 @@ def fzoo(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps:
     here, *there = scores.losses.mean(axis=1)
     losses = np.array(there)
     slopes = _normalized(losses - here)
-    n = len(seeds)
-    return tuple(map(_direction, seeds, [0] * n, losses, [here] * n, slopes)), scores
-
-
-def grzo(engine: Engine, examples: Sequence[Example], seed: int, eps: float) -> Estimate:
-    """One direction for each row in two forwards; see the head of this file.
-
-    Raises:
-        ZoError: Some parameters are edited in place.
-    """
-    signs = [_mix(seed + row) | 1 for row in range(len(examples))]  # 0 would mean none
-    probes = [[Probe(seed, side * eps, sign) for sign in signs] for side in (1.0, -1.0)]
-    scores = engine.score(examples, probes)
-    plus, minus = scores.losses
-    slopes = _normalized(plus - minus)
-    return tuple(map(_direction, [seed] * len(signs), signs, plus, minus, slopes)), scores
+    return tuple(map(_direction, seeds, losses, [here] * len(seeds), slopes)), scores
 
 
 def _normalized(differences: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,8 +161,8 @@ def _normalized(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     return differences / deviation if deviation > _TINY else np.zeros_like(differences)
 
 
-def _direction(seed: int, signs: int, plus: float, minus: float, slope: float) -> Direction:
-    return Direction(seed, signs, float(plus), float(minus), float(slope))
+def _direction(seed: int, plus: float, minus: float, slope: float) -> Direction:
+    return Direction(seed, float(plus), float(minus), float(slope))
 
 
 def trouble(directions: Sequence[Direction], scores: Scores) -> str | None:

@@ -95,9 +95,9 @@ class Trainable:
                 part = slices[name]
                 edit.confine(theta[part], self.start.theta[part])
 
-    def noise(self, seed: int, signs: int = 0) -> Vector:
+    def noise(self, seed: int) -> Vector:
         """z(seed), (nnz,), where the parameters stand; needs no model."""
-        return self._parameters.noise(seed, signs)
+        return self._parameters.noise(seed)
 
     @property
     def _parameters(self) -> Parameters:
@@ -117,7 +117,6 @@ class Trainable:
         """Load the model with these parameters."""
         config = self._config
         width = config.probes_per_decode
-        signs = config.estimator == "grzo"  # which no adapter has
         self._engine = Engine(
             self._gguf,
             mask=self.start,
@@ -126,7 +125,7 @@ class Trainable:
             n_gpu_layers=config.n_gpu_layers,
             probes_per_decode=width if isinstance(width, int) else 1,
             distribution=distribution_of(config),
-            path="hook" if signs and config.path == "auto" else config.path,
+            path=config.path,
         )
         return self._engine
 

@@ -1,10 +1,10 @@
 """The trajectory: seeds and projected gradients of every step, enough to replay a run.
 
 Layout: 8 bytes magic, u32 length and u32 CRC of a JSON header, the header, then records of one
-size: u64 step, f64 lr, and per direction u64 seed, u64 signs, f64 loss at +eps, f64 loss at -eps,
-f64 projected gradient, then the f64 features, closed by a CRC-32. Little-endian. A record is one
-write, so a killed run leaves at most a short last record, which is dropped; anything else that does
-not check is an error.
+size: u64 step, f64 lr, and per direction u64 seed, f64 loss at +eps, f64 loss at -eps, f64
+projected gradient, then the f64 features, closed by a CRC-32. Little-endian. A record is one write,
+so a killed run leaves at most a short last record, which is dropped; anything else that does not
+check is an error.
 """
 
 import errno
@@ -21,24 +21,23 @@ from zo_gguf.config.tune import MAX_DIRECTIONS
 from zo_gguf.errors import ZoError
 from zo_gguf.system import atomic_write, require_file
 
-MAGIC = b"ZOTRAJ2\n"
+MAGIC = b"ZOTRAJ3\n"
 _PREFIX = struct.Struct("<8sII")
 _STEP = struct.Struct("<Qd")
-_DIRECTION = struct.Struct("<QQddd")
+_DIRECTION = struct.Struct("<Qddd")
 _CRC = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Losses at theta + eps z(seed, signs) and theta - eps z (theta itself, if one-sided).
+    """Losses at theta + eps z(seed) and theta - eps z (theta itself, if one-sided).
 
     The step's gradient estimate is the mean over directions of projected_grad * z, for spsa
     (loss_plus - loss_minus) / (2 eps), after clipping if there was any.
     """
 
     seed: int
-    signs: int
     loss_plus: float
     loss_minus: float
     projected_grad: float
@@ -195,7 +194,7 @@ def record_size(header: dict[str, Any]) -> int:
 def _pack(record: Record) -> bytes:
     body = _STEP.pack(record.step, record.lr)
     for d in record.directions:
-        body += _DIRECTION.pack(d.seed, d.signs, d.loss_plus, d.loss_minus, d.projected_grad)
+        body += _DIRECTION.pack(d.seed, d.loss_plus, d.loss_minus, d.projected_grad)
     body += struct.pack(f"<{len(record.features)}d", *record.features)
     return body + _CRC.pack(zlib.crc32(body))
 

@@ -45,21 +45,10 @@ def start(config: TuneConfig, gguf: GgufFile) -> Delta:
     """What a run trains, at its first theta; "a+b" trains the parameters of both.
 
     Raises:
-        ZoError: There is no such method, an option or the base does not fit, two methods train the
-            same tensor in ways that exclude each other, or the estimator cannot perturb it.
+        ZoError: There is no such method, an option or the base does not fit, or two methods train
+            the same tensor in ways that exclude each other.
     """
     check_method(config.method)
-    delta = _start(config, gguf)
-    if config.estimator == "grzo" and delta.live:
-        raise ZoError(
-            "grzo needs parameters that can differ between the rows of a decode, and these are "
-            "edited in place: use it with sensitive, norm, lora or subspace, or take another "
-            "--estimator."
-        )
-    return delta
-
-
-def _start(config: TuneConfig, gguf: GgufFile) -> Delta:
     deltas = [METHODS[part](config, gguf) for part in config.method.split("+")]
     if len(deltas) == 1:
         return deltas[0]
