@@ -8,14 +8,14 @@
 #include <vector>
 
 #include "core/error.h"
-#include "params/gain.h"
+#include "cpu/loss.h"
+#include "cpu/sparse.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "gpu/gpu.h"
+#include "params/gain.h"
 #include "params/inplace.h"
-#include "cpu/loss.h"
 #include "params/lowrank.h"
-#include "cpu/sparse.h"
 #include "params/store.h"
 #include "zo.h"
 

@@ -42,11 +42,3 @@ void parallel_for(int64_t n, int n_threads, Body body) {
 }
 
 }  // namespace zo
-
-// Compiles a function for several x86 levels and picks one when the library is loaded. The body and
-// everything inlined into it is compiled for each.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define ZO_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ZO_MULTIVERSION
-#endif

@@ -11,13 +11,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/vectorize.h"
+
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define ZO_HD __host__ __device__ inline
-#elif defined(__GNUC__)
-// A function compiled for several instruction sets must have this code inside it.
-#define ZO_HD __attribute__((always_inline)) inline
 #else
-#define ZO_HD inline
+#define ZO_HD ZO_INLINE
 #endif
 
 namespace zo {

@@ -5,15 +5,16 @@
 #include <cstring>
 
 #include "core/error.h"
-#include "gpu/gpu.h"
 #include "core/parallel.h"
+#include "core/vectorize.h"
+#include "gpu/gpu.h"
 #include "zo.h"
 
 namespace zo {
 
 // e^x for x <= 0, relative error below 2e-7: 2^n times a polynomial in the remainder. libm's expf is
 // as good but keeps compilers from vectorizing the loop over the vocabulary.
-static inline float exp_negative(float x) {
+ZO_INLINE static float exp_negative(float x) {
     x                  = std::max(x, -87.0f);
     const float n      = (float) (int32_t) (x * 1.44269504f - 0.5f);
     const float r      = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
@@ -30,8 +31,7 @@ static inline float exp_negative(float x) {
     return p * scale;
 }
 
-ZO_MULTIVERSION
-static double logsumexp(const float * logits, int64_t n) {
+ZO_INLINE static double logsumexp(const float * logits, int64_t n) {
     constexpr int lanes = 16, block = 1024;
     float         top[lanes];
     std::fill(top, top + lanes, -INFINITY);
@@ -83,7 +83,7 @@ void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t strid
     parallel_for((int64_t) first.size() - 1, n_threads,
                  [&](int64_t c, int) {  // its targets share a column's sum
                      const float * row = (const float *) (logits + (size_t) wanted.output[first[c]] * stride);
-                     const double  sum = logsumexp(row, n_vocab);
+                     const double  sum = vectorized<logsumexp>(row, n_vocab);
                      for (int64_t i = first[c]; i < first[c + 1]; ++i) {
                          nll[i] = sum - (double) row[wanted.token[i]];
                      }

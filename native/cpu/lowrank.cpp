@@ -3,16 +3,16 @@
 #include <limits>
 
 #include "core/error.h"
-#include "gpu/gpu.h"
 #include "core/parallel.h"
+#include "core/vectorize.h"
+#include "gpu/gpu.h"
 
 namespace zo {
 
 // Enough sums side by side to fill the vector units whatever their width.
 static constexpr int64_t LANES = 32;
 
-ZO_MULTIVERSION
-static float dot(const float * a, const float * b, int64_t n) {
+ZO_INLINE static float dot(const float * a, const float * b, int64_t n) {
     float   sums[LANES] = {};
     int64_t i           = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -30,8 +30,7 @@ static float dot(const float * a, const float * b, int64_t n) {
     return total;
 }
 
-ZO_MULTIVERSION
-static void add_scaled(float * y, const float * a, float scale, int64_t n) {
+ZO_INLINE static void add_scaled(float * y, const float * a, float scale, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         y[i] += scale * a[i];
     }
@@ -43,8 +42,8 @@ void lowrank_apply(const lowrank_weight & weight, const lowrank_factors & factor
         const float * in  = x.at(first + token);
         float *       out = y.at(first + token);
         for (int64_t r = 0; r < factors.rank; ++r) {
-            const float inner = dot(factors.right.data() + r * weight.n_cols, in, weight.n_cols);
-            add_scaled(out, factors.left.data() + r * weight.n_rows, inner, weight.n_rows);
+            const float inner = vectorized<dot>(factors.right.data() + r * weight.n_cols, in, weight.n_cols);
+            vectorized<add_scaled>(out, factors.left.data() + r * weight.n_rows, inner, weight.n_rows);
         }
     });
 }

@@ -4,8 +4,9 @@
 #include <cstring>
 
 #include "core/error.h"
-#include "gpu/gpu.h"
 #include "core/parallel.h"
+#include "core/vectorize.h"
+#include "gpu/gpu.h"
 #include "zo.h"
 
 namespace zo {
@@ -15,29 +16,35 @@ static constexpr int TILE  = 16;
 static constexpr int BLOCK = lanes::block;
 
 #if defined(__GNUC__)
-#define ZO_INLINE __attribute__((always_inline)) static inline
 typedef float block_row __attribute__((vector_size(BLOCK * sizeof(float))));
 
-// to[c][r] = from[r][c] for BLOCK x BLOCK values; rows lie at pointers, or `stride` floats apart.
-ZO_INLINE void transpose(const block_row (&from)[BLOCK], block_row (&to)[BLOCK]) {
+// The numbers pick values of a (0 to 7) and b (8 to 15).
+#if defined(__clang__)
+#define ZO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t block_index __attribute__((vector_size(BLOCK * sizeof(int32_t))));
+#define ZO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, block_index{ __VA_ARGS__ })
+#endif
+
+// to[c][r] = from[r][c] for BLOCK x BLOCK values.
+ZO_INLINE static void transpose(const block_row (&from)[BLOCK], block_row (&to)[BLOCK]) {
     block_row a[BLOCK], b[BLOCK];
     for (int i = 0; i < BLOCK; i += 2) {
-        a[i]     = __builtin_shufflevector(from[i], from[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        a[i + 1] = __builtin_shufflevector(from[i], from[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+        a[i]     = ZO_SHUFFLE(from[i], from[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        a[i + 1] = ZO_SHUFFLE(from[i], from[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
     for (int i = 0; i < BLOCK; i += 4) {
         for (int k = 0; k < 2; ++k) {
-            b[i + 2 * k]     = __builtin_shufflevector(a[i + k], a[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            b[i + 2 * k + 1] = __builtin_shufflevector(a[i + k], a[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+            b[i + 2 * k]     = ZO_SHUFFLE(a[i + k], a[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + 2 * k + 1] = ZO_SHUFFLE(a[i + k], a[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     }
     for (int i = 0; i < 4; ++i) {
-        to[i]     = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        to[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        to[i]     = ZO_SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        to[i + 4] = ZO_SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
 #else
-#define ZO_INLINE static inline
 struct block_row {
     float       value[BLOCK];
     float &     operator[](int i) { return value[i]; }
@@ -49,7 +56,7 @@ struct block_row {
     }
 };
 
-ZO_INLINE void transpose(const block_row (&from)[BLOCK], block_row (&to)[BLOCK]) {
+ZO_INLINE static void transpose(const block_row (&from)[BLOCK], block_row (&to)[BLOCK]) {
     for (int r = 0; r < BLOCK; ++r) {
         for (int c = 0; c < BLOCK; ++c) {
             to[c].value[r] = from[r].value[c];
@@ -60,7 +67,7 @@ ZO_INLINE void transpose(const block_row (&from)[BLOCK], block_row (&to)[BLOCK])
 
 // packed[place][token] = x[token][column of place]. Eight tokens at a time: their rows often lie a power
 // of two apart, and sixteen such lines do not fit into one set of a first-level cache.
-ZO_INLINE void gather(const lanes & cols, const float * const * x, float * packed) {
+ZO_INLINE static void gather(const lanes & cols, const float * const * x, float * packed) {
     const int32_t * index = cols.index.data();
     for (int t0 = 0; t0 < TILE; t0 += BLOCK) {
         for (int64_t place = 0; place < cols.n_blocked; place += BLOCK) {
@@ -82,7 +89,7 @@ ZO_INLINE void gather(const lanes & cols, const float * const * x, float * packe
 }
 
 // y[token][row of place] += sums[place][token] for the first n_tokens.
-ZO_INLINE void scatter(const lanes & rows, const float * sums, float * const * y, int n_tokens) {
+ZO_INLINE static void scatter(const lanes & rows, const float * sums, float * const * y, int n_tokens) {
     const int32_t * index = rows.index.data();
     for (int t0 = 0; t0 < n_tokens; t0 += BLOCK) {
         const int n = n_tokens - t0 < BLOCK ? n_tokens - t0 : BLOCK;
@@ -110,9 +117,8 @@ ZO_INLINE void scatter(const lanes & rows, const float * sums, float * const * y
 
 // Up to TILE tokens at once, so that an entry meets all of them in one vector multiply-add. Lanes beyond
 // n_tokens repeat a token and are dropped. `scratch` holds a tile of inputs, then one of outputs.
-ZO_MULTIVERSION
-static void sparse_tile(const sparse_weight & w, const float * values, const float * const * x,
-                        float * const * y, int n_tokens, float * scratch) {
+ZO_INLINE static void sparse_tile(const sparse_weight & w, const float * values, const float * const * x,
+                                  float * const * y, int n_tokens, float * scratch) {
     float * packed = scratch;
     float * sums   = scratch + w.cols.size() * TILE;
     gather(w.cols, x, packed);
@@ -168,7 +174,7 @@ void sparse_apply(const sparse_weight & weight, const float * values, const colu
             in[t]               = x.at(token);
             out[t]              = y.at(token);
         }
-        sparse_tile(weight, values, in, out, n_tokens, scratch[(size_t) thread].data());
+        vectorized<sparse_tile>(weight, values, in, out, n_tokens, scratch[(size_t) thread].data());
     });
 }
 

@@ -9,12 +9,12 @@
 #include <memory>
 #include <vector>
 
-#include "params/gain.h"
-#include "ggml.h"
-#include "params/inplace.h"
 #include "cpu/loss.h"
-#include "params/lowrank.h"
 #include "cpu/sparse.h"
+#include "ggml.h"
+#include "params/gain.h"
+#include "params/inplace.h"
+#include "params/lowrank.h"
 #include "params/store.h"
 #include "zo.h"
 

@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "core/half.h"
-#include "gpu/kernels.h"
 #include "core/noise.h"
+#include "gpu/kernels.h"
 
 namespace zo {
 

@@ -1,8 +1,8 @@
 // The low-rank overlay on a GPU: a block takes a tile of tokens, computes right * x for some ranks at a
 // time, and adds left times that to all rows.
 
-#include "gpu/kernels.h"
 #include "core/noise.h"
+#include "gpu/kernels.h"
 
 namespace zo {
 

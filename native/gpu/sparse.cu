@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "gpu/kernels.h"
 #include "core/noise.h"
+#include "gpu/kernels.h"
 
 namespace zo {
 

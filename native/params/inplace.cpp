@@ -5,9 +5,9 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/parallel.h"
 #include "ggml-backend.h"
 #include "gpu/gpu.h"
-#include "core/parallel.h"
 #include "params/store.h"
 
 namespace {

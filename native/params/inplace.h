@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "ggml.h"
 #include "core/rng.h"
+#include "ggml.h"
 #include "zo.h"
 
 namespace zo {

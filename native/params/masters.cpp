@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "params/lowrank.h"
 #include "core/parallel.h"
+#include "params/lowrank.h"
 #include "params/store.h"
 
 using zo::fail;

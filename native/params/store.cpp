@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/noise.h"
 #include "core/parallel.h"
+#include "core/vectorize.h"
 #include "zo.h"
 
 namespace zo {
@@ -18,8 +19,8 @@ std::string & last_error() {
 
 // z[0 .. 4 * n_blocks) from block `first` on. Sixteen blocks at a time, lane by lane, is the shape
 // that compilers turn into vector code.
-ZO_MULTIVERSION
-static void noise_blocks(uint64_t seed, uint32_t tensor, uint64_t first, int64_t n_blocks, float * z) {
+ZO_INLINE static void noise_blocks(uint64_t seed, uint32_t tensor, uint64_t first, int64_t n_blocks,
+                                   float * z) {
     constexpr int lanes = 16;
     int64_t       b     = 0;
     for (; b + lanes <= n_blocks; b += lanes) {
@@ -78,7 +79,7 @@ void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, i
         copy(std::min(end, (i / 4 + 1) * 4));
     }
     const int64_t n_blocks = (end - i) / 4;
-    noise_blocks(seed, tensor, (uint64_t) (i / 4), n_blocks, z + (i - first));
+    vectorized<noise_blocks>(seed, tensor, (uint64_t) (i / 4), n_blocks, z + (i - first));
     i += 4 * n_blocks;
     if (i < end) {
         copy(end);

@@ -5,9 +5,9 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/named.h"
 #include "ggml-backend.h"
 #include "ggml.h"
-#include "core/named.h"
 #include "zo.h"
 
 namespace zo {
