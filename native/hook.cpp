@@ -7,8 +7,11 @@
 #include <string_view>
 #include <vector>
 
+#include "core/columns.h"
 #include "core/error.h"
+#include "cpu/gain.h"
 #include "cpu/loss.h"
+#include "cpu/lowrank.h"
 #include "cpu/sparse.h"
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -348,38 +351,6 @@ bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
 
 using zo::fail;
 using zo::guarded;
-
-const char * zo_engine_version(void) {
-    return ZO_ENGINE_VERSION;
-}
-
-zo_status zo_check_engine(void) {
-    return guarded([&] {
-        ggml_init_params params{ 1 << 16, nullptr, true };
-        ggml_context *   ctx = ggml_init(params);
-        if (ctx == nullptr) {
-            return fail(ZO_MEMORY, "ggml_init failed");
-        }
-        ggml_tensor * w = ggml_new_tensor_2d(ctx, GGML_TYPE_Q4_0, 64, 3);
-        ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 64, 5);
-        ggml_tensor * y = ggml_mul_mat(ctx, w, x);
-        ggml_set_name(y, "probe");
-        const bool agrees = y->src[0] == w && y->src[1] == x && y->ne[0] == 3 && y->ne[1] == 5 &&
-                            y->ne[3] == 1 && y->nb[0] == sizeof(float) && y->nb[1] == 3 * sizeof(float) &&
-                            y->type == GGML_TYPE_F32 && w->type == GGML_TYPE_Q4_0 && w->view_src == nullptr &&
-                            y->data == nullptr && y->buffer == nullptr &&
-                            std::strcmp(y->name, "probe") == 0 &&
-                            std::strcmp(ggml_op_name(y->op), "MUL_MAT") == 0 &&
-                            std::strcmp(ggml_op_name(GGML_OP_MUL_MAT_ID), "MUL_MAT_ID") == 0 &&
-                            std::strcmp(ggml_op_name(GGML_OP_GET_ROWS), "GET_ROWS") == 0;
-        ggml_free(ctx);
-        return agrees ? ZO_OK : fail(ZO_GRAPH, "the layout of ggml_tensor differs");
-    });
-}
-
-const char * zo_last_error(void) {
-    return zo::last_error().c_str();
-}
 
 zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, zo_lowrank * lowrank,
                        zo_gain * gain, int32_t n_threads, bool force_staged) {

@@ -1,8 +1,9 @@
-// One value of the noise at a time, where values are not made in order.
+// The noise z: single values and blocks of four, as GPUs make them too, and whole ranges.
 
 #pragma once
 
 #include "core/rng.h"
+#include "zo.h"
 
 namespace zo {
 
@@ -22,5 +23,9 @@ ZO_HD void noise_block(bool rademacher, uint64_t seed, uint32_t tensor, uint64_t
         z[k] = sign_of_bit(bits, 4 * (index % 8) + (uint64_t) k);
     }
 }
+
+// zo_noise without its checks.
+void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
+                 float * z);
 
 }  // namespace zo

@@ -13,12 +13,6 @@
 
 #include "core/vectorize.h"
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define ZO_HD __host__ __device__ inline
-#else
-#define ZO_HD ZO_INLINE
-#endif
-
 namespace zo {
 
 struct philox_block {

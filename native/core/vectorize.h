@@ -14,6 +14,13 @@
 #define ZO_INLINE inline
 #endif
 
+// What kernels on a GPU call as well.
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define ZO_HD __host__ __device__ inline
+#else
+#define ZO_HD ZO_INLINE
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ZO_X86_LEVELS
 #define ZO_X86_V3 __attribute__((target("avx2,fma,bmi,bmi2")))

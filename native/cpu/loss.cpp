@@ -4,11 +4,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "core/error.h"
 #include "core/parallel.h"
 #include "core/vectorize.h"
-#include "gpu/gpu.h"
-#include "zo.h"
 
 namespace zo {
 
@@ -91,30 +88,3 @@ void negative_log_likelihoods(const char * logits, int64_t n_vocab, size_t strid
 }
 
 }  // namespace zo
-
-zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
-                    const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
-                    int32_t device, double * nll) {
-    return zo::guarded([&] {
-        if (logits == nullptr || nll == nullptr || n_vocab < 1 || stride < n_vocab || n_targets < 1) {
-            return zo::fail(ZO_ARGUMENT, "zo_losses got a null pointer or a wrong size");
-        }
-        const zo::targets wanted{ { target_output, target_output + n_targets },
-                                  { target_token, target_token + n_targets } };
-        for (const int32_t token : wanted.token) {
-            if (token < 0 || token >= n_vocab) {
-                return zo::fail(ZO_ARGUMENT, "a target lies outside the vocabulary");
-            }
-        }
-        const size_t bytes = (size_t) stride * sizeof(float);
-        if (device >= 0) {
-            const auto   last = *std::max_element(wanted.output.begin(), wanted.output.end());
-            const size_t size = (size_t) last * bytes + (size_t) n_vocab * sizeof(float);
-            const std::unique_ptr<zo::gpu> gpu = zo::open_gpu(device);
-            gpu->losses(gpu->lend(logits, size), n_vocab, bytes, wanted, nll);
-            return ZO_OK;
-        }
-        zo::negative_log_likelihoods((const char *) logits, n_vocab, bytes, wanted, n_threads, nll);
-        return ZO_OK;
-    });
-}

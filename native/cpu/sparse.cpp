@@ -3,11 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "core/error.h"
 #include "core/parallel.h"
 #include "core/vectorize.h"
-#include "gpu/gpu.h"
-#include "zo.h"
 
 namespace zo {
 
@@ -179,27 +176,3 @@ void sparse_apply(const sparse_weight & weight, const float * values, const colu
 }
 
 }  // namespace zo
-
-zo_status zo_store_apply(zo_store * store, const char * name, zo_branch branch, int64_t n_tokens,
-                         const float * x, int64_t x_stride, float * y, int64_t y_stride, int32_t device) {
-    return zo::guarded([&] {
-        const zo::sparse_weight * weight = store != nullptr && name != nullptr ? store->find(name) : nullptr;
-        if (weight == nullptr || x == nullptr || y == nullptr || n_tokens < 1 || x_stride < weight->n_cols ||
-            y_stride < weight->n_rows) {
-            return zo::fail(ZO_ARGUMENT, "zo_store_apply got an unknown weight or a wrong size");
-        }
-        const size_t x_bytes = (size_t) x_stride * sizeof(float), y_bytes = (size_t) y_stride * sizeof(float);
-        const zo::columns in{ (char *) x, n_tokens, 1, x_bytes, 0, 0 },
-            out{ (char *) y, n_tokens, 1, y_bytes, 0, 0 };
-        if (device >= 0) {
-            return zo::apply_on(
-                device, in, weight->n_cols, out, weight->n_rows, [&](zo::gpu & gpu, auto... xy) {
-                    gpu.add_sparse(*store, *weight, { branch }, xy..., { { 0, n_tokens, 0 } });
-                });
-        }
-        zo::sparse_scratch scratch;
-        zo::sparse_apply(*weight, store->branch_values(*weight, branch), in, out, 0, n_tokens,
-                         store->n_threads, scratch);
-        return ZO_OK;
-    });
-}

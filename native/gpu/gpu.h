@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "core/columns.h"
 #include "cpu/loss.h"
-#include "cpu/sparse.h"
 #include "ggml.h"
 #include "params/gain.h"
 #include "params/inplace.h"
@@ -19,16 +19,6 @@
 #include "zo.h"
 
 namespace zo {
-
-// Consecutive columns of one branch.
-struct column_range {
-    int64_t first, end;
-    int32_t branch;
-
-    bool operator==(const column_range & other) const {
-        return first == other.first && end == other.end && branch == other.branch;
-    }
-};
 
 // One device. Everything is queued on a stream of its own; what the caller reads or the engine goes on to
 // read is there after `finish`, or after a call that says so. Failures are thrown as std::runtime_error.

@@ -1,6 +1,8 @@
 // Negative log-likelihoods on a GPU: a block per column of logits. Only one number per target is copied to
 // the host.
 
+#include <cmath>
+
 #include "gpu/kernels.h"
 
 namespace zo {

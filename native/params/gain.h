@@ -1,4 +1,4 @@
-// Gains: y *= factors for columns of an element-wise product with a weight, such as a norm's.
+// Gains: factors of the element-wise product with a weight, such as a norm's.
 
 #pragma once
 
@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "core/named.h"
-#include "cpu/sparse.h"
 #include "zo.h"
 
 namespace zo {
@@ -18,10 +17,6 @@ struct gain_weight {
     uint32_t                        id = 0;
     std::vector<std::vector<float>> branches;  // factors, [n] each
 };
-
-// y[:, first .. end) *= factors.
-void gain_apply(const gain_weight & weight, const std::vector<float> & factors, const columns & y,
-                int64_t first, int64_t end, int n_threads);
 
 }  // namespace zo
 

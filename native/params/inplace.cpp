@@ -5,10 +5,10 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/noise.h"
 #include "core/parallel.h"
 #include "ggml-backend.h"
 #include "gpu/gpu.h"
-#include "params/store.h"
 
 namespace {
 

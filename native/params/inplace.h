@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "core/rng.h"
+#include "core/vectorize.h"
 #include "ggml.h"
 #include "zo.h"
 

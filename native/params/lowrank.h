@@ -1,4 +1,4 @@
-// Low-rank overlay: y += left * (right * x) for columns of a matrix product, on the CPU.
+// Factors of low rank beside a weight, given or trained themselves.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/named.h"
-#include "cpu/sparse.h"
+#include "core/vectorize.h"
 #include "zo.h"
 
 namespace zo {
@@ -37,11 +37,6 @@ struct lowrank_weight {
     std::vector<lowrank_factors> branches;
     lowrank_masters              masters;
 };
-
-// y[:, first .. end) += left * (right * x[:, first .. end)). A token is summed by one thread in a fixed
-// order: the bits do not depend on n_threads.
-void lowrank_apply(const lowrank_weight & weight, const lowrank_factors & factors, const columns & x,
-                   const columns & y, int64_t first, int64_t end, int n_threads);
 
 }  // namespace zo
 

@@ -37,10 +37,6 @@ struct sparse_weight {
     int64_t nnz() const { return (int64_t) col.size(); }
 };
 
-// zo_noise without its checks.
-void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
-                 float * z);
-
 // The tensor numbers of the noise, so that different kinds of parameters may be trained together.
 constexpr uint32_t FIRST_INPLACE_TENSOR = 1u << 30;
 

@@ -1,12 +1,11 @@
-// Factors of low rank that are trained themselves. Here and not in lowrank.cpp, whose sums may be fused:
-// a probe must be the same bits on every machine.
+#include "params/lowrank.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/error.h"
+#include "core/noise.h"
 #include "core/parallel.h"
-#include "params/lowrank.h"
-#include "params/store.h"
 
 using zo::fail;
 using zo::guarded;
@@ -52,6 +51,61 @@ void zo_lowrank::make(const zo::lowrank_weight & weight, const zo_branch & probe
     });
     made.probe      = probe;
     made.of_masters = masters.version;
+}
+
+zo_status zo_lowrank_init(zo_lowrank ** lowrank, zo_distribution distribution, int32_t n_threads) {
+    return guarded([&] {
+        if (lowrank == nullptr || n_threads < 1) {
+            return fail(ZO_ARGUMENT, "zo_lowrank_init needs at least one thread");
+        }
+        *lowrank                 = new zo_lowrank;
+        (*lowrank)->distribution = distribution;
+        (*lowrank)->n_threads    = n_threads;
+        return ZO_OK;
+    });
+}
+
+void zo_lowrank_free(zo_lowrank * lowrank) {
+    delete lowrank;
+}
+
+zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows, int64_t n_cols) {
+    return guarded([&] {
+        constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+        if (lowrank == nullptr || name == nullptr || n_rows < 1 || n_cols < 1 || n_rows > limit ||
+            n_cols > limit) {
+            return fail(ZO_ARGUMENT, "zo_lowrank_add needs a name and a shape");
+        }
+        if (lowrank->find(name) != nullptr) {
+            return fail(ZO_ARGUMENT, std::string(name) + " was added before");
+        }
+        zo::lowrank_weight weight;
+        weight.name   = name;
+        weight.n_rows = n_rows;
+        weight.n_cols = n_cols;
+        lowrank->append(std::move(weight));
+        return ZO_OK;
+    });
+}
+
+zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
+                         const float * left, const float * right) {
+    return guarded([&] {
+        if (lowrank == nullptr || left == nullptr || right == nullptr || branch < 0 || branch > 4096 ||
+            number < 0 || (size_t) number >= lowrank->weights.size() || rank < 1 || rank > 1 << 16) {
+            return fail(ZO_ARGUMENT, "zo_lowrank_set got a weight, branch or rank out of range");
+        }
+        zo::lowrank_weight & weight = lowrank->weights[(size_t) number];
+        if (weight.branches.size() <= (size_t) branch) {
+            weight.branches.resize((size_t) branch + 1);
+        }
+        zo::lowrank_factors & factors = weight.branches[(size_t) branch];
+        factors.rank                  = rank;
+        factors.version += 1;
+        factors.left.assign(left, left + rank * weight.n_rows);
+        factors.right.assign(right, right + rank * weight.n_cols);
+        return ZO_OK;
+    });
 }
 
 zo_status zo_lowrank_train(zo_lowrank * lowrank, int32_t number, int64_t rank, float factor, uint32_t tensor,
