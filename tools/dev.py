@@ -15,7 +15,6 @@ from __future__ import annotations  # so that an old Python gets as far as being
 
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -57,8 +56,8 @@ def setup() -> None:
     """Bring .venv up to date; does nothing where the stamps say that it is."""
     started = time.monotonic()
     make_venv()
-    pins = [ROOT / "pyproject.toml", CONSTRAINTS, *amx_header()]
-    packages = digest(pins, sys.version)
+    pins = [ROOT / "pyproject.toml", CONSTRAINTS]
+    packages = digest(pins, sys.version, *engine_environment().values())
     native = sorted(file for file in (ROOT / "native").rglob("*") if file.is_file())
     library = digest([ROOT / "CMakeLists.txt", *native], packages)
     stamped_packages = read_stamp("packages") == packages
@@ -79,31 +78,31 @@ def install_engine() -> None:
     """Compile llama-cpp-python, or take what pip has compiled before where that runs here."""
     what = f"{ENGINE} (compiled once, some minutes)"
     options = ["--no-build-isolation", pinned(ENGINE)]
-    if amx_header():  # what is there, or in pip's cache, may crash; what it needs comes after it
+    pip(what, *options, environment=engine_environment())
+    if uses_amx():  # compiled before, without those flags
         anew = ["--no-cache-dir", "--force-reinstall", "--no-deps"]
         pip(what, *anew, *options, environment=engine_environment())
-    pip(what, *options, environment=engine_environment())
 
 
 def engine_environment() -> dict[str, str]:
-    """Environment of the compiler of llama.cpp, whose AMX code crashes as GCC 12 compiles it.
-
-    native/amx_tiles.h says more. Other machines keep what they have.
-    """
-    flags = [os.environ.get("CXXFLAGS", "")]
-    flags += [f"-include {shlex.quote(str(header))}" for header in amx_header()]
-    return {"CXXFLAGS": " ".join(flags).strip()}
-
-
-def amx_header() -> list[Path]:
-    """The header, where this machine's CPU has AMX."""
-    return [ROOT / "native" / "amx_tiles.h"] if has_amx() else []
+    """Environment of the compiler of llama.cpp; zo_gguf/engine/amx.py says why."""
+    if not has_amx():
+        return {}
+    names = ("CFLAGS", "CXXFLAGS")
+    return {name: f"{os.environ.get(name, '')} -mno-amx-int8".strip() for name in names}
 
 
 def has_amx() -> bool:
     """Whether this machine's CPU has AMX; only Linux says."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and " amx_int8" in info.read_text(encoding="utf-8", errors="replace")
+
+
+def uses_amx() -> bool:
+    """Whether llama-cpp-python was compiled with code for AMX, and the CPU has AMX."""
+    command = "import llama_cpp; print(llama_cpp.llama_print_system_info())"
+    done = subprocess.run([str(PYTHON), "-c", command], capture_output=True, text=True, check=False)
+    return has_amx() and "AMX_INT8 = 1" in done.stdout
 
 
 def make_venv() -> None:

@@ -1,5 +1,9 @@
 """llama.cpp's AMX code may have been compiled so that it crashes: said in words, not found out."""
 
+import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,19 +43,6 @@ def test_the_installed_one_runs(tmp_path: Path) -> None:
     assert not amx.crashes()
 
 
-def test_other_users_of_tiles_do_no_harm(tmp_path: Path) -> None:
-    """PyTorch's products of bfloat16 use them where the CPU has AMX, in the same thread."""
-    amx.write_model(tmp_path / "m.gguf")
-    program = (
-        "import sys, torch; from pathlib import Path; from zo_gguf.engine.amx import decode\n"
-        "decode(Path(sys.argv[1])); a = torch.ones(512, 512, dtype=torch.bfloat16)\n"
-        "assert (a @ a)[0, 0] == 512; decode(Path(sys.argv[1])); print('twice')"
-    )
-    command = [sys.executable, "-P", "-c", program, str(tmp_path / "m.gguf")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "twice"), done.stderr
-
-
 def test_only_a_signal_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amx.sys, "executable", "/bin/false")
     assert not amx.crashes()
@@ -72,12 +63,46 @@ def test_a_model_is_refused_with_the_way_out(
         if not compiled:
             Engine(model, n_threads=1).close()
             return
-        with pytest.raises(
-            ZoError, match=r'export CXXFLAGS="-include (.*)"; pip .*--no-cache'
-        ) as caught:
+        with pytest.raises(ZoError, match=r"crashes on every .* pip .*--no-cache") as caught:
             Engine(model, n_threads=1)
         shown = env(EnvConfig()).render()
         assert all(line in shown for line in amx.amx_problem())
     said = str(caught.value)
-    assert llama_cpp.__version__ in said
-    assert Path(said.partition("-include ")[2].partition('"')[0]).is_file()
+    assert said.endswith(f"llama-cpp-python=={llama_cpp.__version__}")
+    assert amx.BUILD_FLAGS in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled", "left_out"),
+    [("avx2 amx_int8", False, True), ("avx2 amx_int8", True, False), ("avx2", False, False)],
+)
+def test_amx_that_is_left_out_is_said(
+    flags: str, compiled: bool, left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor : 0\nflags : fpu {flags} avx\n")
+    monkeypatch.setattr(amx, "_CPU_INFO", info)
+    monkeypatch.setattr(amx, "crashes", lambda: False)
+    said = f"CPU : AVX2 = 1 | {amx.FEATURE} = {compiled:d} |".encode()
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: said)
+    assert ("AMX is left out" in env(EnvConfig()).render()) == left_out
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of compilers for x86")
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("architecture", ["native", "sapphirerapids"])
+def test_the_flag_wins_over_the_architecture(compiler: str, architecture: str) -> None:
+    if (program := shutil.which(compiler)) is None:
+        pytest.skip(f"no {compiler} here")
+
+    def knows_amx(*flags: str) -> bool:
+        command = [program, *flags, "-dM", "-E", "-x", "c", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return re.search("__AMX_?INT8__", done.stdout) is not None  # older clang: in one word
+
+    (flag,) = {setting.partition("=")[2] for setting in amx.BUILD_FLAGS.split()}
+    march = f"-march={architecture}"
+    assert not knows_amx(flag, march)
+    assert not knows_amx(march, flag)
+    if architecture == "sapphirerapids":
+        assert knows_amx(march)

@@ -123,30 +123,24 @@ class TestSetup:
         dev.setup()
         assert len(installed) == 4
 
-    @pytest.mark.parametrize("amx", [True, False])
-    def test_amx_code_is_put_right(
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_amx_is_left_out(
         self,
-        amx: bool,
+        cached: bool,
         fake_repository: Path,
         installed: list[tuple[str, ...]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        header = fake_repository / "native" / "amx_tiles.h"
-        header.write_text("// 1\n")
-        monkeypatch.setattr(dev, "has_amx", lambda: amx)
+        monkeypatch.setattr(dev, "has_amx", lambda: True)
+        monkeypatch.setattr(dev, "uses_amx", lambda: cached)
         dev.setup()
-        engine = next(call for call in installed if call[-1] == dev.pinned(dev.ENGINE))
-        assert (
-            (engine[0] == f"-include {header}")
-            == ({"--no-cache-dir", "--force-reinstall"} <= {*engine})
-            == amx
-        )
-        assert (ROOT / "native" / "amx_tiles.h").is_file()
-        assert len(installed) == 4 + amx
+        engine = [call for call in installed if call[-1] == dev.pinned(dev.ENGINE)]
+        assert all(call[0] == "-mno-amx-int8" for call in engine)
+        anew = [{"--no-cache-dir", "--force-reinstall"} <= {*call} for call in engine]
+        assert anew == ([False, True] if cached else [False])
         installed.clear()
-        header.write_text("// 2\n")
         dev.setup()
-        assert len(installed) == (5 if amx else 1)
+        assert installed == []
 
     def test_failed_step_is_done_again(
         self, fake_repository: Path, monkeypatch: pytest.MonkeyPatch

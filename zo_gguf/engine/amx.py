@@ -2,12 +2,12 @@
 
 Compilers drop the stores to the tile configuration that llama.cpp loads (GCC 12 does, for one), and
 the first product of a quantized matrix then ends the process: llama.cpp issue 20824, pull request
-26954. The only way to know is to try, in a process of its own. native/amx_tiles.h puts it right.
+26954. The only way to know is to try, in a process of its own. The cure is to compile llama.cpp
+without that code.
 
     python -m zo_gguf.engine.amx MODEL.gguf    # runs some tokens; dies where the code is broken
 """
 
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,9 +19,11 @@ import llama_cpp
 import numpy as np
 
 from zo_gguf.errors import ZoError
-from zo_gguf.libzo import library_path
 
 FEATURE = "AMX_INT8"  # llama.cpp's word for it
+# Each wins over ggml's own -march=native. ggml asks in C what it has, and uses it in C++.
+BUILD_FLAGS = "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8"
+_CPU_INFO = Path("/proc/cpuinfo")
 _WIDTH, _N_VOCAB, _N_TOKENS = 64, 32, 4
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -29,22 +31,30 @@ _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", 
 def require_working_amx() -> None:
     """Raise ZoError, with what to do, if the installed llama.cpp would crash in its AMX code."""
     if problem := amx_problem():
-        sentence, *commands = problem
-        raise ZoError(f"{sentence} {'; '.join(commands)}")
+        raise ZoError(" ".join(problem))
 
 
 def amx_problem() -> list[str]:
     """What is wrong with the installed llama.cpp's AMX code, and the command that helps."""
-    if f"{FEATURE} = 1" not in llama_cpp.llama_print_system_info().decode() or not crashes():
+    if not _is_compiled() or not crashes():
         return []
-    header = shlex.quote(str(library_path().with_name("amx_tiles.h")))
     return [
         "This llama-cpp-python crashes on every quantized model: its code for AMX was compiled "
-        "wrongly, as by GCC 12. To put it right:",
-        f'export CXXFLAGS="-include {header}"',
-        "pip install --force-reinstall --no-deps --no-cache-dir --no-binary :all: "
-        f"llama-cpp-python=={llama_cpp.__version__}",
+        "wrongly, as by GCC 12. To build it without that code:",
+        f"{BUILD_FLAGS} pip install --force-reinstall --no-deps --no-cache-dir "
+        f"--no-binary llama-cpp-python llama-cpp-python=={llama_cpp.__version__}",
     ]
+
+
+def amx_is_left_out() -> bool:
+    """Whether this CPU has AMX and the installed llama.cpp no code for it; only Linux tells."""
+    if _is_compiled() or not _CPU_INFO.is_file():
+        return False
+    return " amx_int8" in _CPU_INFO.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_compiled() -> bool:
+    return f"{FEATURE} = 1" in llama_cpp.llama_print_system_info().decode()
 
 
 @cache

@@ -118,8 +118,8 @@ def _function(name: str, result: Any, *arguments: Any) -> Any:
 
 _CUDA_ENGINE = (
     "For an NVIDIA GPU, with the CUDA toolkit installed, these two commands:",
-    "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps --no-binary :all: "
-    "llama-cpp-python=={version}",
+    "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir "
+    "--no-binary llama-cpp-python llama-cpp-python=={version}",
     "pip install --force-reinstall --no-deps zo-gguf",
 )
 _KERNELS = (

@@ -19,7 +19,7 @@ import numpy as np
 import zo_gguf
 from zo_gguf.config import EnvConfig, InfoConfig, TuneConfig, load_config
 from zo_gguf.config.option import to_dict
-from zo_gguf.engine.amx import amx_problem
+from zo_gguf.engine.amx import amx_is_left_out, amx_problem
 from zo_gguf.engine.backends import (
     cpu_features,
     engine_version,
@@ -255,7 +255,7 @@ def env(config: EnvConfig) -> Facts:
             "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
             "packages": {name: _version(name) for name in _PACKAGES},
             "libzo": libzo,
-            "llama.cpp CPU code": amx_problem() or cpu_features(),
+            "llama.cpp CPU code": amx_problem() or _cpu_code(),
             "devices": [
                 f"{device.name}: {device.description} ({device.kind}, {_size(device.memory_total)})"
                 for device in devices
@@ -263,6 +263,11 @@ def env(config: EnvConfig) -> Facts:
             "GPU": gpu_in_words(devices, supports_offload(), kernels, n_usable, engine_version()),
         }
     )
+
+
+def _cpu_code() -> str:
+    left_out = "; code for this CPU's AMX is left out" if amx_is_left_out() else ""
+    return cpu_features() + left_out
 
 
 def _usable_cores() -> int:
