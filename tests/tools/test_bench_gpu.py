@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools import dev
 from tools.gpu import bench as bench_gpu
 from tools.gpu import report as bench_gpu_report
 from tools.gpu import run as dev_gpu
@@ -192,7 +191,7 @@ class TestJobs:
 
 
 def test_check_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    monkeypatch.setattr(dev_gpu, "ROOT", tmp_path)
     slow, started = ["sleep", "60"], time.monotonic()
     assert dev_gpu.run("tests", slow, end=started + 0.2) == 124
     assert dev_gpu.run("memcheck", slow, tmp_path / "log" / "m.txt", started) == 124

@@ -1,14 +1,15 @@
 """The stage `build` of `dev.py gpu`: what it installs, from where, and nothing twice."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tools import dev
+from tests.helpers.stand_in_venv import use_repository
 from tools.gpu import build as dev_gpu_build
 from tools.gpu import cuda as dev_cuda
+from tools.setup import basics
+from tools.setup.venv import Venv
 
 TOOLKIT = dev_cuda.Toolkit(Path("/cuda/bin/nvcc"), Path("/cuda"), "13.0")
 GPUS = ["GPU X, 24000 MiB, 580.1, 9.0"]
@@ -17,23 +18,9 @@ GPUS = ["GPU X, 24000 MiB, 580.1, 9.0"]
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A repository in a folder of its own, with a pip that only takes notes."""
-    for name in ("pyproject.toml", "CMakeLists.txt", "tools/constraints.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((dev.ROOT / name).read_bytes())
-    (tmp_path / "native").mkdir()
-    (tmp_path / "native" / "a.cu").write_text("int a;\n")
-    monkeypatch.setattr(dev, "ROOT", tmp_path)
-    monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path / "tools" / "constraints.txt")
-    monkeypatch.setattr(dev_gpu_build, "VENV", tmp_path / ".venv-gpu")
-    monkeypatch.setattr(dev_gpu_build, "KIT", tmp_path / "gpu-kit")
-    monkeypatch.setattr(dev_gpu_build, "PYTHON", Path(sys.executable))
-    monkeypatch.setattr(dev_gpu_build, "make_venv", (tmp_path / ".venv-gpu").mkdir)
-    noted: list[list[str]] = []
-
-    def pip(what: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-        noted.append(arguments)
-
-    monkeypatch.setattr(dev_gpu_build, "pip", pip)
+    use_repository(tmp_path, monkeypatch)
+    monkeypatch.setattr(dev_gpu_build, "make_venv", dev_gpu_build.VENV.make)
+    noted: list[list[str]] = dev_gpu_build.VENV.calls
     return noted
 
 
@@ -44,9 +31,6 @@ class TestStages:
         monkeypatch.setattr(dev_gpu_build, "install_packages", lambda: calls.append(["packages"]))
         monkeypatch.setattr(dev_gpu_build, "build_engine", lambda *_: calls.append(["engine"]))
         monkeypatch.setattr(dev_cuda, "cmake_hints", lambda *_: [])
-        monkeypatch.setattr(
-            dev_gpu_build, "make_venv", lambda: dev_gpu_build.VENV.mkdir(exist_ok=True)
-        )
 
     def build(self, calls: list[list[str]], gpus: list[str] = GPUS) -> list[str]:
         calls.clear()
@@ -60,7 +44,7 @@ class TestStages:
 
     def test_native_change_builds_only_libzo(self, calls: list[list[str]]) -> None:
         self.build(calls)
-        (dev.ROOT / "native" / "a.cu").write_text("int b;\n")
+        (basics.ROOT / "native" / "a.cu").write_text("int b;\n")
         assert self.build(calls) == ["install"]
 
     def test_another_gpu_compiles_the_engine_anew(self, calls: list[list[str]]) -> None:
@@ -71,11 +55,11 @@ class TestStages:
         self, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fails(*_: object) -> None:
-            raise dev.SetupError("does not compile")
+            raise basics.SetupError("does not compile")
 
         with monkeypatch.context() as patched:
             patched.setattr(dev_gpu_build, "build_engine", fails)
-            with pytest.raises(dev.SetupError):
+            with pytest.raises(basics.SetupError):
                 self.build(calls)
         assert self.build(calls) == ["engine", "install"]
 
@@ -86,34 +70,29 @@ class TestPackages:
         """pytest is here, gguf in too old a version, diskcache and torch are not."""
         lines = ["pytest>=8.3", "gguf>=999", "diskcache>=999", "torch>=999"]
         monkeypatch.setattr(dev_gpu_build, "requirements", lambda: lines)
-        dev_gpu_build.VENV.mkdir()
-        (dev.ROOT / "gpu-kit" / "wheels").mkdir(parents=True)
+        dev_gpu_build.VENV.make()
+        (basics.ROOT / "gpu-kit" / "wheels").mkdir(parents=True)
 
     def test_what_lacks_comes_from_the_kit(self, calls: list[list[str]]) -> None:
         for name in ("gguf-0.19.0-py3-none-any.whl", "diskcache-5.6.3-py3-none-any.whl"):
-            (dev.ROOT / "gpu-kit" / "wheels" / name).touch()
+            (basics.ROOT / "gpu-kit" / "wheels" / name).touch()
         dev_gpu_build.install_packages()
         from_kit, fetched = calls
         assert "--no-index" in from_kit
-        assert from_kit[-2:] == [dev.pinned("diskcache"), dev.pinned("gguf")]
-        assert fetched[-1] == dev.pinned("torch")
-        kept = (dev_gpu_build.VENV / "zo-constraints.txt").read_text()
+        assert from_kit[-2:] == [basics.pinned("diskcache"), basics.pinned("gguf")]
+        assert fetched[-1] == basics.pinned("torch")
+        kept = (dev_gpu_build.VENV.folder / "zo-constraints.txt").read_text()
         assert "pytest==" not in kept  # the system has it; another version would replace it
         assert "gguf==" in kept
 
-    def test_what_is_not_to_be_had_is_said(
-        self, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys
-    ) -> None:
-        (dev.ROOT / "gpu-kit" / "wheels" / "gguf-0.19.0-py3-none-any.whl").touch()
+    def test_what_is_not_to_be_had_is_said(self, calls: list[list[str]], capsys) -> None:
+        (basics.ROOT / "gpu-kit" / "wheels" / "gguf-0.19.0-py3-none-any.whl").touch()
 
-        def offline(what: str, arguments: list[str], environment: object = None) -> None:
-            if "--no-index" not in arguments:
-                raise dev.SetupError("no network")
-
-        monkeypatch.setattr(dev_gpu_build, "pip", offline)
+        dev_gpu_build.VENV.fails.add(basics.pinned("diskcache"))
+        dev_gpu_build.VENV.fails.add(basics.pinned("torch"))
         with pytest.raises(dev_gpu_build.MissingError, match="diskcache>=999 is not installed"):
             dev_gpu_build.install_packages()
-        (dev.ROOT / "gpu-kit" / "wheels" / "diskcache-5.6.3-py3-none-any.whl").touch()
+        dev_gpu_build.VENV.fails.remove(basics.pinned("diskcache"))
         dev_gpu_build.install_packages()
         assert "torch>=999 is not installed" in capsys.readouterr().err
 
@@ -134,15 +113,14 @@ def test_versions_are_compared_by_number(version: str, requirement: str, does: b
 
 def test_every_requirement_is_pinned_and_plain() -> None:
     for line in dev_gpu_build.requirements():
-        assert dev.pinned(dev_gpu_build.name_of(line))
+        assert basics.pinned(dev_gpu_build.name_of(line))
         assert not set(line) & set("<~!,;["), f"satisfies() does not read {line}"
 
 
 def test_environment_sees_the_packages_of_a_virtual_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dev_gpu_build, "VENV", tmp_path / "venv")
-    monkeypatch.setattr(dev_gpu_build, "PYTHON", tmp_path / "venv/bin/python")
+    monkeypatch.setattr(dev_gpu_build, "VENV", Venv(tmp_path / "venv"))
     dev_gpu_build.make_venv()
     code = "import numpy, pip, sys; print(sys.prefix)"
     python = str(tmp_path / "venv/bin/python")

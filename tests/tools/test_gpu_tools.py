@@ -14,6 +14,8 @@ from tools import dev
 from tools.gpu import cuda as dev_cuda
 from tools.gpu import kit as pack_gpu_kit
 from tools.gpu import run as dev_gpu
+from tools.setup import basics
+from tools.setup.venv import Venv
 from zo_gguf.errors import ZoError
 from zo_gguf.masks import convert
 
@@ -92,7 +94,7 @@ class TestKit:
             assert not (top / "gpu-kit/engine" / name).exists(), name
         assert len(list((top / "gpu-kit/wheels").iterdir())) == len(pack_gpu_kit.wheel_pins())
         manifest = json.loads((top / "gpu-kit/manifest.json").read_text())
-        assert manifest["engine"] == dev.pinned(dev.ENGINE)
+        assert manifest["engine"] == basics.pinned(basics.ENGINE)
 
     def test_converter_is_found_there_without_network(
         self, tmp_path: Path, sdist: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,7 +130,7 @@ class TestKit:
     def test_lacking_wheels_are_named(self, tmp_path: Path, sdist: Path, wheels: Path) -> None:
         next(wheels.glob("gguf-*")).unlink()
         lacking = pack_gpu_kit.pack(tmp_path / "kit.tar.xz", sdist, wheels)
-        assert lacking == [dev.pinned("gguf")]
+        assert lacking == [basics.pinned("gguf")]
 
     @pytest.mark.parametrize(
         ("arguments", "word"),
@@ -145,7 +147,7 @@ class TestKit:
         assert word in capsys.readouterr().err
 
     def test_no_checkout_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dev, "ROOT", tmp_path)
+        monkeypatch.setattr(basics, "ROOT", tmp_path)
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         with pytest.raises(ZoError, match="no git checkout"):
             pack_gpu_kit.tracked_files()
@@ -243,16 +245,17 @@ class TestCheck:
     @pytest.fixture(autouse=True)
     def repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One test file with the marker, and a pytest that says how it was called."""
-        monkeypatch.setattr(dev, "ROOT", tmp_path)
+        monkeypatch.setattr(dev_gpu, "ROOT", tmp_path)
         monkeypatch.setattr(dev_gpu, "RESULTS", tmp_path / "results")
-        monkeypatch.setattr(dev_gpu, "PYTHON", fake_program(tmp_path / "python", "tests ran"))
+        monkeypatch.setattr(dev_gpu, "VENV", Venv(tmp_path))
+        fake_program(tmp_path / "bin/python", "tests ran")
         texts = {"test_a.py": "pytest.mark.cuda", "test_b.py": "", "test_c.py": "f(device: int)"}
         for name, text in texts.items():
             (tmp_path / "tests").mkdir(exist_ok=True)
             (tmp_path / "tests" / name).write_text(text)
 
     def check(self, monkeypatch: pytest.MonkeyPatch, script: str) -> int:
-        sanitizer = dev.ROOT / "compute-sanitizer"
+        sanitizer = dev_gpu.ROOT / "compute-sanitizer"
         sanitizer.write_text(f"#!/bin/sh\n{script}\n")
         sanitizer.chmod(0o755)
         monkeypatch.setattr(dev_cuda, "find_sanitizer", lambda _: str(sanitizer))
@@ -283,7 +286,7 @@ class TestCheck:
 
     def test_no_marked_test_is_said(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         for name in ("test_a.py", "test_c.py"):
-            (dev.ROOT / "tests" / name).write_text("")
+            (dev_gpu.ROOT / "tests" / name).write_text("")
         assert self.check(monkeypatch, "exit 0") == 2
         assert "no test is marked cuda" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The tools people start with: dev.py's set-up, the task generator, the README's promises."""
+"""The task generator, the README's promises, rules that files keep."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import dev, make_task
+from tools import make_task
 from zo_gguf.cli import _make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,111 +62,6 @@ class TestTask:
         question = make_task.PROMPT.partition("{text}")[2].strip()
         assert question not in text
         assert len(text.split()) > 3000
-
-
-@pytest.fixture
-def fake_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree that dev.py takes for the repository, with a pip that only takes notes."""
-    for name in ("pyproject.toml", "CMakeLists.txt", "tools/constraints.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "native").mkdir()
-    (tmp_path / "native" / "a.cpp").write_text("int a;\n")
-    monkeypatch.setattr(dev, "ROOT", tmp_path)
-    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(dev, "STAMPS", tmp_path / ".venv" / "zo-stamps")
-    monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path / "tools" / "constraints.txt")
-    monkeypatch.setattr(dev, "make_venv", lambda: (tmp_path / ".venv").mkdir(exist_ok=True))
-    monkeypatch.setattr(dev, "has_amx", lambda: False)
-    return tmp_path
-
-
-class TestSetup:
-    @pytest.fixture
-    def installed(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        calls: list[tuple[str, ...]] = []
-
-        def pip(what: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
-            flags = (environment or {}).get("CXXFLAGS", "")
-            calls.append((*filter(None, [flags]), *arguments))
-
-        monkeypatch.delenv("CXXFLAGS", raising=False)
-        monkeypatch.setattr(dev, "pip", pip)
-        return calls
-
-    def test_second_call_installs_nothing(
-        self, fake_repository: Path, installed: list[tuple[str, ...]]
-    ) -> None:
-        dev.setup()
-        assert len(installed) == 4
-        assert installed[-1][-1] == str(fake_repository)
-        installed.clear()
-        dev.setup()
-        assert installed == []
-
-    def test_native_change_builds_only_libzo(
-        self, fake_repository: Path, installed: list[tuple[str, ...]]
-    ) -> None:
-        dev.setup()
-        installed.clear()
-        (fake_repository / "native" / "a.cpp").write_text("int b;\n")
-        dev.setup()
-        assert [call[-2:] for call in installed] == [("--editable", str(fake_repository))]
-
-    def test_new_pin_installs_everything(
-        self, fake_repository: Path, installed: list[tuple[str, ...]]
-    ) -> None:
-        dev.setup()
-        installed.clear()
-        with dev.CONSTRAINTS.open("a") as file:
-            file.write("another==1.0\n")
-        dev.setup()
-        assert len(installed) == 4
-
-    @pytest.mark.parametrize("cached", [True, False])
-    def test_amx_is_left_out(
-        self,
-        cached: bool,
-        fake_repository: Path,
-        installed: list[tuple[str, ...]],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(dev, "has_amx", lambda: True)
-        monkeypatch.setattr(dev, "uses_amx", lambda: cached)
-        dev.setup()
-        engine = [call for call in installed if call[-1] == dev.pinned(dev.ENGINE)]
-        assert all(call[0] == "-mno-amx-int8" for call in engine)
-        anew = [{"--no-cache-dir", "--force-reinstall"} <= {*call} for call in engine]
-        assert anew == ([False, True] if cached else [False])
-        installed.clear()
-        dev.setup()
-        assert installed == []
-
-    def test_failed_step_is_done_again(
-        self, fake_repository: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def pip(what: str, *arguments: str, **_: object) -> None:
-            raise dev.SetupError("no network")
-
-        monkeypatch.setattr(dev, "pip", pip)
-        for _ in range(2):
-            with pytest.raises(dev.SetupError, match="no network"):
-                dev.setup()
-
-    def test_failure_shows_the_error_and_what_to_do(self, tmp_path: Path) -> None:
-        log = tmp_path / "log"
-        log.write_text("Collecting x\nERROR: No space left on device\n" + "noise\n" * 50)
-        message = dev.explain("torch", log)
-        assert "ERROR: No space left on device" in message
-        assert "Free some disk space" in message
-        assert "noise" not in message
-
-    def test_unknown_command_is_refused(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr("sys.argv", ["dev.py", "instal"])
-        assert dev.main() == 2
-        assert "dev.py setup" in capsys.readouterr().out
 
 
 def test_every_requirement_is_pinned() -> None:

@@ -21,12 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools import dev
 from tools.gpu import cuda
 from tools.gpu import report as report
 from tools.gpu.cases import SIZE_OPTIONS, STAGES, Case, cases, is_first, place, shape_of
 from tools.gpu.model import QUANTS, SHAPES, Shape, write_model
 from tools.gpu.watch import run_job
+from tools.setup.basics import ROOT
 from zo_gguf.engine.model import default_threads
 
 _LEAST = 20.0  # seconds without which no case is begun
@@ -80,8 +80,8 @@ def parse() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = parser.add_argument
-    add("--out", type=Path, default=dev.ROOT / "gpu-results", help="results folder")
-    add("--work", type=Path, default=dev.ROOT / "build" / "gpu-bench", help="for the models")
+    add("--out", type=Path, default=ROOT / "gpu-results", help="results folder")
+    add("--work", type=Path, default=ROOT / "build" / "gpu-bench", help="for the models")
     add("--keep-models", action="store_true", help="up to 8 GB each")
     add("--only", type=one_of(*STAGES), default=list(STAGES), help="stages, with commas")
     add("--first", action="store_true", help="only what the targets speak of")
@@ -105,10 +105,10 @@ def parse() -> argparse.Namespace:
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
     """What the figures were taken on."""
-    command = ["git", "-C", str(dev.ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
     commit = cuda.output_of(*command).strip()
-    manifest = dev.ROOT / "gpu-kit" / "manifest.json"
-    if not (dev.ROOT / ".git").exists() and manifest.is_file():
+    manifest = ROOT / "gpu-kit" / "manifest.json"
+    if not (ROOT / ".git").exists() and manifest.is_file():
         commit = json.loads(manifest.read_text(encoding="utf-8"))["commit"]
     gpu = "; ".join(cuda.find_gpus()) if options.device == "cuda" else "CPU only"
     shapes = {size: shape_of(options, size) for size in options.sizes}

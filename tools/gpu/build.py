@@ -18,12 +18,13 @@ import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools import dev
 from tools.gpu import cuda
+from tools.setup import basics, engine
+from tools.setup.basics import SetupError, pinned, say
+from tools.setup.venv import Venv
 
-KIT = dev.ROOT / "gpu-kit"
-VENV = dev.ROOT / ".venv-gpu"
-PYTHON = VENV / "bin" / "python"
+KIT = basics.ROOT / "gpu-kit"
+VENV = Venv(basics.ROOT / ".venv-gpu")
 
 # Not in any kit, for their size; only what needs them says so where they are missing.
 TOO_LARGE = {"numpy", "cmake", "matplotlib", "scikit-learn", "torch", "transformers"}
@@ -59,45 +60,42 @@ class MissingError(Exception):
 
 def build(gpus: list[str], toolkit: cuda.Toolkit) -> None:
     """Bring .venv-gpu up to date; does nothing where the stamps say that it is."""
-    pins = dev.digest([dev.ROOT / "pyproject.toml", dev.CONSTRAINTS], sys.version)
-    engine = dev.digest([], pins, toolkit.version, *sorted(gpus), *CMAKE_ARGS, user_cmake_args())
-    native = sorted(path for path in (dev.ROOT / "native").rglob("*") if path.is_file())
-    library = dev.digest([dev.ROOT / "CMakeLists.txt", *native], engine)
+    pins = basics.digest([basics.ROOT / "pyproject.toml", basics.CONSTRAINTS], sys.version)
+    settings = [*CMAKE_ARGS, user_cmake_args(), *engine.compiler_flags().values()]
+    compiled = basics.digest([], pins, toolkit.version, *sorted(gpus), *settings)
+    library = basics.digest(basics.native_sources(), compiled)
     hints: list[str] = []
-    if read_stamp("engine") != engine:  # now, for what it may find missing
+    if VENV.read_stamp("engine") != compiled:  # now, for what it may find missing
         hints = cuda.cmake_hints(toolkit, site_packages())
     make_venv()
-    if read_stamp("packages") != pins:
+    if VENV.read_stamp("packages") != pins:
         install_packages()
-        write_stamp("packages", pins)
+        VENV.write_stamp("packages", pins)
     environment = build_environment(toolkit)
-    if read_stamp("engine") != engine:
+    if VENV.read_stamp("engine") != compiled:
         build_engine(environment, hints)
-        write_stamp("engine", engine)
-    if read_stamp("libzo") != library:
+        VENV.write_stamp("engine", compiled)
+    if VENV.read_stamp("libzo") != library:
         options = ["--no-deps", "--no-build-isolation", *build_folder("libzo")]
         for define in ("ZO_CUDA=ON", "CMAKE_CUDA_ARCHITECTURES=native"):
             options += ["--config-settings", f"cmake.define.{define}"]
-        options += ["--editable", str(dev.ROOT)]
-        pip("zo-gguf, libzo compiled with CUDA", ["install", *options], environment)
-        write_stamp("libzo", library)
-    dev.say(f"{VENV.name} is up to date")
+        options += ["--editable", str(basics.ROOT)]
+        title = "libzo compiled with CUDA, and zo-gguf"
+        VENV.pip(title, "install", *options, environment=environment)
+        VENV.write_stamp("libzo", library)
+    say(f"{VENV.folder.name} is up to date")
 
 
 def make_venv() -> None:
     """A virtual environment over the packages of the Python that runs this."""
-    if dev.runs(PYTHON):
+    if VENV.runs():
         return
-    shutil.rmtree(VENV, ignore_errors=True)
-    dev.say(f"making {VENV}")
-    command = [sys.executable, "-m", "venv", "--system-site-packages", str(VENV)]
+    options = ["--system-site-packages"]
     if find_spec("pip") is not None:  # which the new environment sees
-        command.append("--without-pip")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise dev.SetupError(f"Python could not make {VENV}:\n{done.stdout}{done.stderr}")
+        options.append("--without-pip")
+    VENV.make(*options)
     # "System" means the Python below a virtual environment: show the environment's packages too.
-    (folder,) = VENV.glob("lib/python*/site-packages")
+    (folder,) = VENV.folder.glob("lib/python*/site-packages")
     lines = [str(path) for path in site_packages()]
     (folder / "zo-parent.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -110,14 +108,9 @@ def site_packages() -> list[Path]:
 
 def requirements() -> list[str]:
     """Everything that the stages need, such as "numpy>=1.26", llama-cpp-python excepted."""
-    import tomllib
-
-    project = tomllib.loads((dev.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["export"], *INDIRECT]
+    wanted = [*basics.requirements(["export"]), *INDIRECT]
     tools = {"scikit-build-core", "cmake", "ninja", "pytest"}
-    wanted += [line for line in extras["dev"] if name_of(line) in tools]
-    return [line for line in wanted if name_of(line) != dev.ENGINE]
+    return wanted + [line for line in basics.requirements(["dev"]) if name_of(line) in tools]
 
 
 def name_of(requirement: str) -> str:
@@ -143,36 +136,36 @@ def install_packages() -> None:
     """
     wanted = {name_of(line): line for line in requirements()}
     answer = subprocess.run(
-        [str(PYTHON), "-c", _VERSIONS, *wanted], capture_output=True, text=True, check=True
+        [str(VENV.python), "-c", _VERSIONS, *wanted], capture_output=True, text=True, check=True
     )
     there = json.loads(answer.stdout)
     found = {name: v for name, v in there.items() if satisfies(v, wanted[name])}
     found |= {name: path for name in PROGRAMS - set(found) if (path := shutil.which(name))}
-    dev.say("here already: " + ", ".join(f"{name} {found[name]}" for name in sorted(found)))
+    say("here already: " + ", ".join(f"{name} {found[name]}" for name in sorted(found)))
     missing = sorted(set(wanted) - set(found))
     wheels = {name_of(path.name.split("-")[0]) for path in KIT.glob("wheels/*.whl")}
-    from_kit = [dev.pinned(name) for name in missing if name in wheels]
+    from_kit = [pinned(name) for name in missing if name in wheels]
     if from_kit:
         options = ["--no-deps", "--no-index", "--find-links", str(KIT / "wheels"), *from_kit]
-        pip(f"from the kit: {', '.join(from_kit)}", ["install", *options])
+        VENV.pip(f"packages of the kit: {', '.join(from_kit)}", "install", *options)
     for name in (name for name in missing if name not in wheels):
         try:
             fetch(name, list(found))
-        except dev.SetupError as error:
+        except SetupError as error:
             sentence = missing_sentence(name, wanted[name])
             if name not in OPTIONAL:
                 raise MissingError(sentence) from error
-            dev.say(f"{sentence} What needs it will say so.")
+            say(f"{sentence} What needs it will say so.")
 
 
 def fetch(name: str, present: list[str]) -> None:
     """Install a package and what it requires from pip's index, leaving what the system has."""
-    pins = dev.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    constraints = VENV / "zo-constraints.txt"
+    pins = basics.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    constraints = VENV.folder / "zo-constraints.txt"
     kept = [line for line in pins if "==" in line and name_of(line) not in present]
     constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    options = ["--retries", "1", "--constraint", str(constraints), dev.pinned(name)]
-    pip(name, ["install", *options])
+    options = ["--retries", "1", "--constraint", str(constraints), pinned(name)]
+    VENV.pip(name, "install", *options)
 
 
 def missing_sentence(name: str, requirement: str) -> str:
@@ -187,32 +180,32 @@ def build_environment(toolkit: cuda.Toolkit) -> dict[str, str]:
     """Environment of compilers: Ninja, as many jobs as cores and memory allow, this nvcc."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     jobs = max(1, min(len(os.sched_getaffinity(0)), memory // _MEMORY_PER_JOB))
-    environment = dict(os.environ, PATH=f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(jobs))
-    environment |= dev.engine_environment()
-    return environment | {"CMAKE_GENERATOR": "Ninja", "CUDACXX": str(toolkit.nvcc)}
+    jobs = int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", jobs))
+    changes = {"CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "CMAKE_GENERATOR": "Ninja"}
+    return changes | {"CUDACXX": str(toolkit.nvcc)} | engine.compiler_flags()
 
 
 def build_engine(environment: dict[str, str], hints: list[str]) -> None:
     """Compile llama-cpp-python with CUDA, and see that it finds the GPU."""
     source = engine_source()
     given = shlex.join([*CMAKE_ARGS, *hints]) + " " + user_cmake_args()
-    wheels = VENV / "wheels"
+    wheels = VENV.folder / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", *build_folder("engine")]
     options += ["--wheel-dir", str(wheels), str(source)]
-    title = f"{dev.ENGINE} with CUDA (compiled once, some minutes; stopped, it goes on)"
-    pip(title, ["wheel", *options], environment | {"CMAKE_ARGS": given})
+    title = f"{basics.ENGINE} with CUDA (compiled once, some minutes; stopped, it goes on)"
+    VENV.pip(title, "wheel", *options, environment=environment | {"CMAKE_ARGS": given})
     (wheel,) = wheels.glob("*.whl")
-    pip("the engine", ["install", "--no-deps", "--force-reinstall", "--no-index", str(wheel)])
-    command = [str(PYTHON), "-c", _OFFLOADS]
-    tried = subprocess.run(command, cwd=VENV, capture_output=True, text=True, check=False)
+    options = ["--no-deps", "--force-reinstall", "--no-index", str(wheel)]
+    VENV.pip(f"{basics.ENGINE}, the wheel", "install", *options)
+    command = [str(VENV.python), "-c", _OFFLOADS]
+    tried = subprocess.run(command, cwd=VENV.folder, capture_output=True, text=True, check=False)
     if tried.returncode:
         said = tried.stderr.strip().splitlines()[-1:]
-        raise dev.SetupError(
+        raise SetupError(
             f"llama-cpp-python was built, but finds no GPU ({''.join(said) or 'no reason given'}); "
             "see that driver and CUDA toolkit are of versions that go together, delete "
-            f"{VENV} and run this again."
+            f"{VENV.folder} and run this again."
         )
 
 
@@ -220,14 +213,10 @@ def engine_source() -> Path:
     """The kit's sources of llama-cpp-python or, without a kit, those from pip's index."""
     if (KIT / "engine").is_dir():
         return KIT / "engine"
-    folder = VENV / "engine-source"  # kept, since compiling goes on only in the same place
+    folder = VENV.folder / "engine-source"  # kept, since compiling goes on only in the same place
     if not folder.is_dir():
-        options = ["--no-deps", "--no-build-isolation", "--no-binary", dev.ENGINE]
-        options += ["--dest", str(VENV), dev.pinned(dev.ENGINE)]
-        pip(f"(fetching) the sources of {dev.ENGINE}", ["download", *options])
-        (archive,) = VENV.glob("llama_cpp_python-*.tar.gz")
-        unpacked = VENV / "unpacked"
-        with tarfile.open(archive) as tar:
+        unpacked = VENV.folder / "unpacked"
+        with tarfile.open(engine.source_archive(VENV)) as tar:
             tar.extractall(unpacked, filter="data")
         next(unpacked.iterdir()).rename(folder)
     return folder
@@ -240,33 +229,4 @@ def user_cmake_args() -> str:
 
 def build_folder(name: str) -> list[str]:
     """pip options by which compiling goes on where it was stopped."""
-    return ["--config-settings", f"build-dir={VENV / 'build' / name}"]
-
-
-def pip(what: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run pip in .venv-gpu; on failure show the lines of its log that matter."""
-    dev.say(f"installing {what} ...")
-    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
-    log = VENV / "zo-setup.log"
-    with log.open("w", encoding="utf-8") as stream:
-        done = subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False
-        )
-    if done.returncode:
-        raise dev.SetupError(dev.explain(what, log))
-
-
-# --- stamps --------------------------------------------------------------------------------------
-
-
-def read_stamp(name: str) -> str | None:
-    """What `write_stamp` wrote, if anything."""
-    file = VENV / "zo-stamps" / name
-    return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def write_stamp(name: str, value: str) -> None:
-    """Remember that a part is done, for these inputs."""
-    file = VENV / "zo-stamps" / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(value, encoding="utf-8")
+    return ["--config-settings", f"build-dir={VENV.folder / 'build' / name}"]

@@ -5,6 +5,8 @@ a toolkit in one piece CMake finds them by itself; where they came as Python pac
 driver, CMake is told the paths.
 """
 
+from __future__ import annotations  # so that an old Python gets as far as being told
+
 import os
 import re
 import shutil

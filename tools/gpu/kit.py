@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from tools import dev
 from tools.gpu.build import TOO_LARGE, name_of, requirements
+from tools.setup import basics
 from zo_gguf.errors import ZoError
 from zo_gguf.masks import convert
 
@@ -110,7 +110,7 @@ def find_archive(scratch: Path) -> Path:
 def wheel_pins() -> list[str]:
     """The pinned requirements whose wheels are small enough."""
     names = {name_of(line) for line in requirements()} - TOO_LARGE
-    return [dev.pinned(name) for name in sorted(names)]
+    return [basics.pinned(name) for name in sorted(names)]
 
 
 def download_wheels(folder: Path) -> list[str]:
@@ -148,13 +148,13 @@ def tracked_files() -> list[Path]:
     """
     listed = _git("ls-files", "-z")
     if listed is None:
-        raise ZoError(f"{dev.ROOT} is no git checkout; pack the kit in a clone of the repository.")
+        raise ZoError(f"{basics.ROOT} is no git checkout; pack the kit in a clone.")
     files = [Path(name) for name in listed.split("\0") if name]
-    return [file for file in files if (dev.ROOT / file).is_file()]
+    return [file for file in files if (basics.ROOT / file).is_file()]
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(dev.ROOT), *arguments]
+    command = ["git", "-C", str(basics.ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -168,7 +168,7 @@ def write_archive(target: Path, repository: Sequence[Path], parts: Path) -> None
     Raises:
         ZoError: It would be larger than the limit; nothing is left then.
     """
-    files = [(dev.ROOT / file, file.as_posix()) for file in repository]
+    files = [(basics.ROOT / file, file.as_posix()) for file in repository]
     files += [
         (file, f"gpu-kit/{file.relative_to(parts).as_posix()}")
         for file in parts.rglob("*")
@@ -226,7 +226,7 @@ def pack(target: Path, sdist: Path | None = None, wheels: Path | None = None) ->
             for wheel in wheels.glob("*.whl"):
                 shutil.copy(wheel, parts / "wheels")
         commit = (_git("describe", "--always", "--dirty", "--abbrev=7") or "unknown").strip()
-        manifest = {"commit": commit, "engine": dev.pinned(dev.ENGINE), "lacking": lacking}
+        manifest = {"commit": commit, "engine": basics.pinned(basics.ENGINE), "lacking": lacking}
         (parts / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         write_archive(target, repository, parts)
     return lacking
@@ -244,7 +244,7 @@ def main() -> int:
             if not given.exists():
                 raise ZoError(f"{str(given)!r} does not exist; check the path.")
         lacking = pack(options.output.absolute(), options.sdist, options.wheels)
-    except (ZoError, dev.SetupError) as error:
+    except (ZoError, basics.SetupError) as error:
         print(f"tools.gpu.kit: {error}", file=sys.stderr)
         return 2
     for wheel in lacking:

@@ -19,18 +19,17 @@ from __future__ import annotations  # so that an old Python gets as far as being
 import argparse
 import contextlib
 import math
-import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tools import dev
 from tools.gpu import cuda
-from tools.gpu.build import KIT, PYTHON, MissingError, build, read_stamp, write_stamp
+from tools.gpu.build import KIT, VENV, MissingError, build
+from tools.setup.basics import ROOT, SetupError, digest, say
 
-RESULTS = dev.ROOT / "gpu-results"
+RESULTS = ROOT / "gpu-results"
 STAGES = ("build", "check", "bench")
 _SANITIZED = 86  # exit code by which compute-sanitizer says that it found something
 _NO_TESTS = 5  # pytest's
@@ -51,20 +50,20 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     if sys.platform != "linux":
-        dev.say(f"dev.py gpu builds on Linux only, this is {sys.platform}; use WSL on Windows")
+        say(f"dev.py gpu builds on Linux only, this is {sys.platform}; use WSL on Windows")
         return 2
     try:
         gpus, toolkit = cuda.find_gpus(), cuda.find_toolkit()
-        dev.say(f"{'; '.join(gpus)}; CUDA {toolkit.version}, {toolkit.nvcc}")
+        say(f"{'; '.join(gpus)}; CUDA {toolkit.version}, {toolkit.nvcc}")
         build(gpus, toolkit)
     except (cuda.NoCudaError, MissingError) as error:
-        dev.say(str(error))
+        say(str(error))
         return 2
-    except dev.SetupError as error:
-        dev.say(str(error))
+    except SetupError as error:
+        say(str(error))
         return 1
     except KeyboardInterrupt:
-        dev.say("interrupted; the same command goes on where it stopped")
+        say("interrupted; the same command goes on where it stopped")
         return 130
     if stage == "build":
         return 0
@@ -72,13 +71,13 @@ def main(arguments: list[str]) -> int:
         return bench(rest, options.out, end)
     if stage == "check":
         return check(rest, toolkit, options.out, end)
-    sources = [file for name in ("tests", "zo_gguf") for file in (dev.ROOT / name).rglob("*.py")]
-    tested = dev.digest(sorted(sources), read_stamp("libzo") or "")
+    sources = [file for name in ("tests", "zo_gguf") for file in (ROOT / name).rglob("*.py")]
+    tested = digest(sorted(sources), VENV.read_stamp("libzo") or "")
     worst = bench(["--first"], options.out, end)
-    if read_stamp("check") != tested:
+    if VENV.read_stamp("check") != tested:
         checked = check([], toolkit, options.out, end)
         if checked == 0:
-            write_stamp("check", tested)
+            VENV.write_stamp("check", tested)
         worst = max(worst, checked)
     return max(worst, bench([], options.out, end))
 
@@ -89,19 +88,19 @@ def main(arguments: list[str]) -> int:
 def check(arguments: list[str], toolkit: cuda.Toolkit, results: Path, end: float = math.inf) -> int:
     """Run the tests marked cuda, then those named sanitize again under compute-sanitizer."""
     files = [
-        str(file.relative_to(dev.ROOT))
-        for file in sorted((dev.ROOT / "tests").rglob("test_*.py"))
+        str(file.relative_to(ROOT))
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
         if _ON_GPU.search(file.read_text(encoding="utf-8"))
     ]
     if not files:
-        dev.say("no test is marked cuda; mark those that need a GPU with pytest.mark.cuda")
+        say("no test is marked cuda; mark those that need a GPU with pytest.mark.cuda")
         return 2
     # Warnings of packages in versions that are not the pinned ones are no failures here.
-    pytest = [str(PYTHON), "-m", "pytest", "-W", "default", "-m", "cuda", *files]
+    pytest = [str(VENV.python), "-m", "pytest", "-W", "default", "-m", "cuda", *files]
     worst = run("tests", [*pytest, *arguments], end=end)
     sanitizer = cuda.find_sanitizer(toolkit)
     if sanitizer is None:
-        dev.say("compute-sanitizer is neither on the PATH nor beside nvcc: skipped")
+        say("compute-sanitizer is neither on the PATH nor beside nvcc: skipped")
         return worst
     options = cuda.output_of(sanitizer, "--help")
     only = "--kernel-name" if "--kernel-name" in options else "--filter"
@@ -123,7 +122,7 @@ def run(what: str, command: list[str], log: Path | None = None, end: float = mat
             stream = stack.enter_context(log.open("w", encoding="utf-8"))
         try:
             code = subprocess.run(
-                command, cwd=dev.ROOT, env=environment(), timeout=left, stdout=stream, stderr=stream
+                command, cwd=ROOT, env=environment(), timeout=left, stdout=stream, stderr=stream
             ).returncode
         except subprocess.TimeoutExpired:
             code = _TIME_IS_UP
@@ -132,11 +131,11 @@ def run(what: str, command: list[str], log: Path | None = None, end: float = mat
         text = log.read_text(encoding="utf-8", errors="replace")
         print("\n".join(text.splitlines()[-12:]), flush=True)
     if _UNWATCHABLE in text:
-        dev.say(f"{what}: compute-sanitizer cannot watch this device: skipped")
+        say(f"{what}: compute-sanitizer cannot watch this device: skipped")
         return 0
     verdicts = {0: "ok", _SANITIZED: f"found errors, see {log}", _NO_TESTS: "found no test to run"}
     verdicts[_TIME_IS_UP] = "stopped, as time is up"
-    dev.say(f"{what}: {verdicts.get(code, f'failed with exit code {code}')}")
+    say(f"{what}: {verdicts.get(code, f'failed with exit code {code}')}")
     return code
 
 
@@ -145,7 +144,7 @@ def run(what: str, command: list[str], log: Path | None = None, end: float = mat
 
 def bench(arguments: list[str], results: Path, end: float = math.inf) -> int:
     """Run what is left of the benchmarks; delete the results folder to measure everything anew."""
-    command = [str(PYTHON), "-m", "tools.gpu.bench", "--out", str(results), *arguments]
+    command = [str(VENV.python), "-m", "tools.gpu.bench", "--out", str(results), *arguments]
     if not math.isinf(end):
         command += ["--budget", f"{max(1.0, end - time.monotonic()):.0f}"]
     return run("bench", command)
@@ -156,8 +155,7 @@ def environment() -> dict[str, str]:
 
     Tests that need a GPU fail there where they would be skipped elsewhere.
     """
-    path = f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    changed = dict(os.environ, PATH=path, ZO_NEED_GPU="1", HF_HUB_OFFLINE="1")
+    changed = dict(VENV.environment(), ZO_NEED_GPU="1", HF_HUB_OFFLINE="1")
     changed["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of the system are not ours
     if (KIT / "cache").is_dir():
         changed["XDG_CACHE_HOME"] = str(KIT / "cache")
