@@ -108,8 +108,12 @@ def test_the_two_scores_differ(model: Any, blocks: list[NDArray[np.int64]]) -> N
 
 
 def test_a_bf16_model_stays_bf16_and_gives_nearly_the_same(
-    folder: Path, blocks: list[NDArray[np.int64]], tmp_path: Path
+    folder: Path,
+    blocks: list[NDArray[np.int64]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sensitivity, "has_bfloat16_products", lambda: True)
     narrow = load_model(save_llama(tmp_path, layers=N_LAYERS, dtype=torch.bfloat16))
     assert narrow.dtype == torch.bfloat16
     layers = layers_of(narrow)
@@ -126,6 +130,58 @@ def test_an_f16_model_is_not_computed_in_f16(
     assert load_model(tmp_path).dtype == torch.float32
     monkeypatch.setattr(sensitivity, "_HEADROOM", 1 << 60)
     assert load_model(tmp_path).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_bf16_computes_in_f32_where_memory_allows(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sensitivity, "has_bfloat16_products", lambda: False)
+    n_bytes = sensitivity.weight_bytes(save_llama(tmp_path, dtype=dtype))
+    monkeypatch.setattr(sensitivity, "_HEADROOM", 1000)
+    memory(monkeypatch, 2 * n_bytes + 1001)
+    assert load_model(tmp_path).dtype == torch.float32
+    assert capsys.readouterr().err == ""
+    memory(monkeypatch, 2 * n_bytes + 999)
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    assert "no products in BF16" in capsys.readouterr().err
+
+
+def test_a_gpu_computes_in_bf16_whatever_the_cpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    wanted = (torch.bfloat16, 1000)
+    assert sensitivity._computed_dtype(torch.bfloat16, 1000, 1 << 40) == wanted
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 10, 1 << 40))
+    wanted = (torch.float32, 2000)
+    assert sensitivity._computed_dtype(torch.bfloat16, 1000, 1 << 40) == wanted
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512", "amx", "library", "has"),
+    [
+        ("x86_64", True, False, True, True),
+        ("AMD64", False, True, True, True),
+        ("x86_64", False, False, True, False),  # oneDNN emulates them with AVX-512
+        ("x86_64", True, True, False, False),
+        ("aarch64", False, False, True, True),
+        ("arm64", False, False, False, False),
+    ],
+)
+def test_what_says_that_a_cpu_has_bf16(
+    machine: str,
+    avx512: bool,
+    amx: bool,
+    library: bool,
+    has: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sensitivity.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: library)
+    assert sensitivity.has_bfloat16_products() == has
 
 
 def test_only_one_chunk_has_gradients_at_a_time(

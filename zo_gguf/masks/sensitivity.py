@@ -5,6 +5,8 @@
 time, each summed up in f32 and freed as soon as backprop has made it. GGUF is not known here.
 """
 
+import platform
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
@@ -51,7 +53,8 @@ def load_tokenizer(folder: Path) -> Any:
 def load_model(folder: Path, n_threads: int | None = None) -> Any:
     """The model in its own dtype, on the GPU where torch has one with room for it.
 
-    F16 models are computed in F32 or, short of memory, in BF16: gradients leave F16's range.
+    F16 models are computed in F32 or, short of memory, in BF16: gradients leave F16's range. So are
+    BF16 models, on a CPU that has no products in BF16.
 
     Args:
         folder: Hugging Face model folder.
@@ -69,10 +72,7 @@ def load_model(folder: Path, n_threads: int | None = None) -> Any:
     free = psutil.virtual_memory().available
     try:
         config = AutoConfig.from_pretrained(folder)
-        dtype = config.dtype
-        if dtype == torch.float16:
-            dtype = torch.float32 if 2 * n_bytes + _HEADROOM < free else torch.bfloat16
-            n_bytes *= 2 if dtype == torch.float32 else 1
+        dtype, n_bytes = _computed_dtype(config.dtype, n_bytes, free)
         if n_bytes > free:
             raise DoesNotFitError(
                 f"The weights of {str(folder)!r} take {n_bytes / _GIB:.1f} GiB of memory, but only "
@@ -86,6 +86,40 @@ def load_model(folder: Path, n_threads: int | None = None) -> Any:
     return prepare_model(model, n_bytes)
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies in BF16 and torch lets it.
+
+    Where it does not, a backward pass takes 5 (AVX-512) to 60 (AVX2) times as long as in F32.
+    """
+    # Of x86, the second question is also answered by CPUs for which oneDNN emulates the products.
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, name, bool)() for name in asked)
+    library = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
+    return bool(library()) and (native or platform.machine().lower() not in ("x86_64", "amd64"))
+
+
+def _computed_dtype(dtype: Any, n_bytes: int, free: int) -> tuple[Any, int]:
+    """What a model of some dtype is computed in, and how many bytes its weights take then."""
+    is_slow = not has_bfloat16_products()
+    stays = dtype == torch.bfloat16 and (_fits_gpu(n_bytes) or not is_slow)
+    if stays or dtype not in (torch.float16, torch.bfloat16):
+        return dtype, n_bytes
+    if 2 * n_bytes + _HEADROOM < free:
+        return torch.float32, 2 * n_bytes
+    if is_slow:
+        print(
+            "This CPU has no products in BF16, so gradients take 5 to 60 times as long as in F32. "
+            f"For F32, {(2 * n_bytes + _HEADROOM) / _GIB:.1f} GiB of memory must be free, but "
+            f"{free / _GIB:.1f} GiB are; close other programs.",
+            file=sys.stderr,
+        )
+    return torch.bfloat16, n_bytes
+
+
+def _fits_gpu(n_bytes: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > n_bytes + _HEADROOM
+
+
 def _model_class(config: Any) -> Any:
     """What reads a model: those that see images as well are no plain language models."""
     known = type(config) in AutoModelForCausalLM._model_mapping
@@ -95,7 +129,7 @@ def _model_class(config: Any) -> Any:
 def prepare_model(model: Any, n_bytes: int) -> Any:
     """Switch off dropout and gradients; move to the GPU where torch has one with room for it."""
     model.eval().requires_grad_(False)
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > n_bytes + _HEADROOM:
+    if _fits_gpu(n_bytes):
         model.to("cuda")
     return model
 
