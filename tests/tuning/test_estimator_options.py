@@ -76,7 +76,7 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
     [
         ({"estimator": "fzoo", "directions": 1}, "fzoo divides by the deviation"),
         ({"estimator": "fzoo", "curvature": True}, "--curvature is for --estimator spsa, not fzoo"),
-        ({"estimator": "natural", "adjust": True}, "--adjust is for --estimator spsa, not natural"),
+        ({"estimator": "spsa", "damping": 2.0}, "--damping is for --estimator natural, not spsa"),
         ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo'"),
         ({"estimator": "spsa", "sides": 1}, "spsa probes 2 side"),
         ({"estimator": "fzoo", "sides": 2}, "fzoo probes 1 side"),

@@ -36,7 +36,7 @@ def config(folder: Path, method: str, kind: Type = Type.Q4_0, **options: Any) ->
 
 
 def record(step: int, slope: float, lr: float) -> Record:
-    return Record(step, lr, (Direction(step, 1.0, 0.0, slope),), ())
+    return Record(step, lr, (Direction(step, 1.0, 0.0, slope),))
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0])

@@ -119,10 +119,9 @@ def test_too_large_a_model_is_refused(
 def test_what_tune_refuses_is_refused(
     tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
-    given = config(tiny_export, task_dir, tmp_path / "run")
-    given = dataclasses.replace(given, estimator="spsa", adjust=True, examples_per_step=3, sides=2)
+    given = dataclasses.replace(config(tiny_export, task_dir, tmp_path / "run"), method="norm")
     for verb in (plan, tune):
-        with pytest.raises(ZoError, match="--adjust goes by"):
+        with pytest.raises(ZoError, match="norm reads no mask"):
             verb(given)
 
 

@@ -24,7 +24,7 @@ _OF_METHODS = {
     "absolute": ("block-scale",),
     "train": ("magnitude", "block-scale", "subspace", "lora", "dense", "norm"),
 }
-_OF_ESTIMATORS = {"curvature": ("spsa",), "adjust": ("spsa",), "damping": ("natural",)}
+_OF_ESTIMATORS = {"curvature": ("spsa",), "damping": ("natural",)}
 SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
 
 
@@ -177,10 +177,6 @@ class TuneConfig(RowsConfig):
         "probabilities that a linear classifier of the untuned model's hidden states gives them, "
         "which vary less (auto: soft where all rows have the same choices and it beats the model)",
         default="auto",
-    )
-    adjust: bool = option(
-        help="take from the slopes what the rows drawn explain (rows with choices, spsa)",
-        default=False,
     )
     unit: list[str] = option(
         help="length of a unit step for one kind of parameter (sparse, gain, scale, weight, lora, "

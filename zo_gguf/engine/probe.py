@@ -32,12 +32,3 @@ class Scores:
     n_tokens: int
     outcomes: Sequence[Matrix] = ()
     targets: Sequence[Vector] = ()
-
-    @property
-    def residuals(self) -> Matrix | None:
-        """(n_probes, n_examples, n_choices); None unless all have equally many choices."""
-        if not self.outcomes or np.isnan(self.correct).any():
-            return None
-        if len({outcome.shape for outcome in self.outcomes}) > 1:
-            return None
-        return np.stack(self.outcomes, axis=1)

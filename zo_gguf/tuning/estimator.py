@@ -22,7 +22,6 @@ from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine, Probe, Scores
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import NORMAL, RADEMACHER
-from zo_gguf.tuning.adjust import Adjustment
 from zo_gguf.tuning.calibrate import NO_SLOPE
 from zo_gguf.tuning.natural import natural_slopes, sides, slopes_and_fisher
 from zo_gguf.tuning.trajectory import Direction
@@ -53,11 +52,7 @@ def _mix(x: int) -> int:
 
 
 def estimate(
-    engine: Engine,
-    examples: Sequence[Example],
-    config: TuneConfig,
-    step: int,
-    adjustment: Adjustment | None = None,
+    engine: Engine, examples: Sequence[Example], config: TuneConfig, step: int
 ) -> Estimate:
     """Measure the loss along a step's directions.
 
@@ -66,7 +61,6 @@ def estimate(
         examples: The step's rows; the loss is the mean over them.
         config: The run's options, resolved.
         step: Steps done.
-        adjustment: Of the rows' slopes, for spsa.
 
     Returns:
         The directions, and the scores behind them.
@@ -77,7 +71,7 @@ def estimate(
         return fzoo(engine, examples, seeds, eps)
     if config.estimator == "natural":
         return natural(engine, examples, seeds, eps, config.damping, one_sided=config.sides == 1)
-    return spsa(engine, examples, seeds, eps, curvature=config.curvature, adjustment=adjustment)
+    return spsa(engine, examples, seeds, eps, curvature=config.curvature)
 
 
 def spsa(
@@ -87,7 +81,6 @@ def spsa(
     eps: float,
     *,
     curvature: bool = False,
-    adjustment: Adjustment | None = None,
 ) -> Estimate:
     """Two-sided probes along every seed's z; `curvature` adds one forward at theta itself.
 
@@ -97,7 +90,6 @@ def spsa(
         seeds: One per direction.
         eps: Perturbation size, in units of a weight.
         curvature: Weigh directions by their curvature.
-        adjustment: Of the rows' slopes.
     """
     probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
     if curvature:
@@ -107,9 +99,6 @@ def spsa(
     n = 2 * len(seeds)
     pairs = means[:n].reshape(-1, 2)  # (n_directions, 2)
     slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
-    if adjustment is not None and adjustment.n > 0:
-        by_row = (scores.losses[0:n:2] - scores.losses[1:n:2]) / (2 * eps)
-        slopes = adjustment(by_row, adjustment.features(scores.residuals))
     if curvature:
         second = (pairs.sum(axis=1) - 2 * means[-1]) / eps**2
         slopes *= np.maximum(1.0, np.abs(second)) ** -_CURVATURE_POWER

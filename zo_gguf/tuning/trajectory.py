@@ -2,9 +2,8 @@
 
 Layout: 8 bytes magic, u32 length and u32 CRC of a JSON header, the header, then records of one
 size: u64 step, f64 lr, and per direction u64 seed, f64 loss at +eps, f64 loss at -eps, f64
-projected gradient, then the f64 features, closed by a CRC-32. Little-endian. A record is one write,
-so a killed run leaves at most a short last record, which is dropped; anything else that does not
-check is an error.
+projected gradient, closed by a CRC-32. Little-endian. A record is one write, so a killed run leaves
+at most a short last record, which is dropped; anything else that does not check is an error.
 """
 
 import errno
@@ -45,15 +44,11 @@ class Direction:
 
 @dataclass(frozen=True)
 class Record:
-    """One step: what was measured and the learning rate that was used.
-
-    `features` are the rows' mean residuals, which later steps are adjusted by; see `adjust`.
-    """
+    """One step: what was measured and the learning rate that was used."""
 
     step: int
     lr: float
     directions: tuple[Direction, ...]
-    features: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -66,8 +61,7 @@ class Trajectory:
 
     Attributes:
         path: The file.
-        header: JSON values; `directions` (per record) is required, `features` 0 unless given, and
-            the rest the caller's.
+        header: JSON values; `directions` (per record) is required, the rest is the caller's.
         n_records: Whole records in the file.
     """
 
@@ -80,7 +74,7 @@ class Trajectory:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> "Trajectory":
-        """Write a new file without records; `directions` and `features` set the record size."""
+        """Write a new file without records; `directions` sets the record size."""
         text = json.dumps(header, sort_keys=True, allow_nan=False).encode()
         with atomic_write(path) as file:
             file.write(_PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text)
@@ -113,7 +107,7 @@ class Trajectory:
         with open(self.path, "rb") as file:
             file.seek(self._start)
             for number in range(self.n_records):
-                record = _unpack(file.read(size), self.header["directions"])
+                record = _unpack(file.read(size))
                 if record is None or record.step != number + 1:
                     raise ZoError(
                         f"Record {number + 1} of the trajectory {str(self.path)!r} is damaged; "
@@ -132,7 +126,6 @@ class Trajectory:
             self._cut(self._file)  # drops a torn last record
         assert record.step == self.n_records + 1
         assert len(record.directions) == self.header["directions"]
-        assert len(record.features) == self.header.get("features", 0)
         data = _pack(record)
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -178,37 +171,31 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
     header = json.loads(text)
     if not isinstance(header, dict):
         raise damaged
-    for name, least in (("directions", 1), ("features", 0)):
-        n = header.get(name, 0)
-        if type(n) is not int or not least <= n <= MAX_DIRECTIONS:
-            raise damaged
+    n = header.get("directions")
+    if type(n) is not int or not 1 <= n <= MAX_DIRECTIONS:
+        raise damaged
     return header
 
 
 def record_size(header: dict[str, Any]) -> int:
     """Bytes of a record of a trajectory with this header."""
-    n = _STEP.size + header["directions"] * _DIRECTION.size
-    return int(n + 8 * header.get("features", 0) + _CRC.size)
+    return int(_STEP.size + header["directions"] * _DIRECTION.size + _CRC.size)
 
 
 def _pack(record: Record) -> bytes:
     body = _STEP.pack(record.step, record.lr)
     for d in record.directions:
         body += _DIRECTION.pack(d.seed, d.loss_plus, d.loss_minus, d.projected_grad)
-    body += struct.pack(f"<{len(record.features)}d", *record.features)
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def _unpack(data: bytes, n_directions: int) -> Record | None:
+def _unpack(data: bytes) -> Record | None:
     body = data[: -_CRC.size]
     if zlib.crc32(body) != _CRC.unpack(data[-_CRC.size :])[0]:
         return None
     step, lr = _STEP.unpack_from(body)
-    end = _STEP.size + n_directions * _DIRECTION.size
     directions = tuple(
         Direction(*_DIRECTION.unpack_from(body, offset))
-        for offset in range(_STEP.size, end, _DIRECTION.size)
+        for offset in range(_STEP.size, len(body), _DIRECTION.size)
     )
-    return Record(
-        step, lr, directions, struct.unpack_from(f"<{(len(body) - end) // 8}d", body, end)
-    )
+    return Record(step, lr, directions)

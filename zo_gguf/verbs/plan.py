@@ -15,7 +15,6 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
-from zo_gguf.tuning.adjust import required_features
 from zo_gguf.tuning.calibrate import MAX_FORWARDS, choose_width
 from zo_gguf.tuning.estimator import estimate
 from zo_gguf.tuning.run import first_state
@@ -113,8 +112,6 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss  # with the bases of subspaces
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
-        if config.adjust:
-            required_features(train, config.n_rows)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
         fastest, asked, saved = _fastest(engine, draw, config)

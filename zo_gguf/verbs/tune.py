@@ -19,7 +19,6 @@ from zo_gguf.engine.evaluation import EvalResult, measure
 from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import Interrupt, locked, require_file
-from zo_gguf.tuning.adjust import Adjustment, required_features
 from zo_gguf.tuning.calibrate import choose_width, in_words, measure_noise, measure_units
 from zo_gguf.tuning.estimator import estimate, trouble, unit_size
 from zo_gguf.tuning.optimizer import Clip, check_optimizer, default_learning_rate, learning_rate
@@ -47,7 +46,6 @@ class Session:
     trajectory: Trajectory
     state: State
     clip: Clip
-    adjustment: Adjustment
 
     @property
     def config(self) -> TuneConfig:
@@ -99,12 +97,9 @@ def _tune(
         trainable.set_units(parse_units(config.unit))  # refused before anything is written
         train, valid = load_rows(config, engine)
         draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
-        measured = {
-            "features": required_features(train, config.n_rows) if config.adjust else 0,
-            "rows_sha256": digest_examples([*train, *valid]),
-        }
+        of_rows = {"rows_sha256": digest_examples([*train, *valid])}
         with locked(folder, "run folder"):
-            return _train(open_run(), trainable, engine, draw, valid, measured)
+            return _train(open_run(), trainable, engine, draw, valid, of_rows)
 
 
 def _train(
@@ -113,21 +108,20 @@ def _train(
     engine: Engine,
     draw: Draw,
     valid: Sequence[Example],
-    measured: dict[str, Any],
+    of_rows: dict[str, Any],
 ) -> TuneResult:
     """Bring back what the run's files hold, run the loop from there, report."""
-    trajectory = open_trajectory(run, trainable, measured)
+    trajectory = open_trajectory(run, trainable, of_rows)
     try:
         run.reload_metrics(trajectory.n_records)
         state = run.load_state(trainable, trajectory.n_records)
         trainable.place(state.theta, state.step)
-        clip, adjustment = Clip(run.config.clip), Adjustment(measured["features"])
+        clip = Clip(run.config.clip)
         for record in trajectory.records():
             clip.remember(record.directions)
-            adjustment.remember(record.features)
             if record.step > state.step:
                 state.apply(record, trainable)
-        session = Session(run, trainable, engine, draw, valid, trajectory, state, clip, adjustment)
+        session = Session(run, trainable, engine, draw, valid, trajectory, state, clip)
         _resolve(session)
         with Interrupt() as interrupt:
             _loop(session, interrupt)
@@ -221,16 +215,14 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 _save(session)
                 interrupt.leave(run.path)
             rows = session.draw(state.step)
-            directions, scores = estimate(engine, rows, config, state.step, session.adjustment)
+            directions, scores = estimate(engine, rows, config, state.step)
             if problem := trouble(directions, scores):
                 _save(session)
                 raise ZoError(f"{problem} at step {state.step + 1}. {_START_AGAIN}")
             directions = session.clip(directions)
             session.clip.remember(directions)
-            features = tuple(session.adjustment.features(scores.residuals).mean(axis=0).tolist())
-            session.adjustment.remember(features)
             rate = learning_rate(config, state.step)
-            record = Record(state.step + 1, rate, directions, features)
+            record = Record(state.step + 1, rate, directions)
             session.trajectory.append(record)
             try:
                 state.apply(record, session.trainable)
