@@ -25,14 +25,6 @@ def spsa(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimate
     return plus, minus, [(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)]
 
 
-def curvature(loss: Loss, theta: Vector, steps: list[Vector], eps: float) -> Estimates:
-    plus, minus, slopes = spsa(loss, theta, steps, eps)
-    here = rows(loss, theta).mean()
-    second = [abs(a - 2 * here + b) / eps**2 for a, b in zip(plus, minus, strict=True)]
-    assert max(second) > 2  # or all weights could be 1
-    return plus, minus, [g / max(1, c**0.1) for g, c in zip(slopes, second, strict=True)]
-
-
 def damped(information: Vector, slopes: Any) -> list[float]:
     """Slopes multiplied by the inverse of the information with its mean added to the diagonal."""
     n = len(information)

@@ -114,7 +114,6 @@ class TestEntries:
             (Entry("a", estimator="fzoo", options={"directions": 8}), 9),
             (Entry("a", estimator="natural", options={"sides": 1}), 17 / 4),
             (Entry("a", estimator="natural", options={"sides": 2}), 32 / 4),
-            (Entry("a", options={"directions": 4, "curvature": True}), 9),
         ],
     )
     def test_forwards_of_a_step(self, entry: Entry, forwards: float, task: Task) -> None:
@@ -199,8 +198,8 @@ class TestRuns:
         assert "this delta is of no kind" in next(x for x in text.splitlines() if "| a |" in x)
 
     def test_options_become_flags(self) -> None:
-        options = {"curvature": True, "clip": "adaptive", "eps": 0.1, "json": False}
-        assert flags(options) == ["--curvature", "--clip", "adaptive", "--eps", "0.1", "--no-json"]
+        options = {"absolute": True, "clip": "adaptive", "eps": 0.1, "json": False}
+        assert flags(options) == ["--absolute", "--clip", "adaptive", "--eps", "0.1", "--no-json"]
 
     def test_masks_beside_the_model_or_in_a_folder_of_their_own(self, task: Task) -> None:
         apart = task.models / "fisher" / "m-Q4_0.mask.safetensors"

@@ -50,7 +50,6 @@ ENTRIES = (
     Entry("sensitive, spsa, sgd", optimizer="sgd"),
     Entry("sensitive, spsa, momentum", optimizer="momentum"),
     Entry("sensitive, spsa, adam"),
-    Entry("sensitive, spsa of 4, curvature", options={"curvature": True, "directions": 4}),
     Entry("sensitive, fzoo of 8, sgd", estimator="fzoo", optimizer="sgd"),
     Entry("sensitive, fzoo of 8, adam", estimator="fzoo"),
     Entry("sensitive, natural on two sides, adam", **_TWO_SIDES),

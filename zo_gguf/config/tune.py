@@ -24,7 +24,7 @@ _OF_METHODS = {
     "absolute": ("block-scale",),
     "train": ("magnitude", "block-scale", "subspace", "lora", "dense", "norm"),
 }
-_OF_ESTIMATORS = {"curvature": ("spsa",), "damping": ("natural",)}
+_OF_ESTIMATORS = {"damping": ("natural",)}
 SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
 
 
@@ -169,9 +169,6 @@ class TuneConfig(RowsConfig):
         default=None,
         above=0,
     )
-    curvature: bool = option(
-        help="weigh each direction by the curvature along it, for one more forward", default=False
-    )
     targets: Literal["auto", "answers", "soft"] = option(
         help="what rows with choices are trained towards: their answers, or soft, the "
         "probabilities that a linear classifier of the untuned model's hidden states gives them, "
@@ -282,5 +279,4 @@ class TuneConfig(RowsConfig):
     @property
     def forwards_per_step(self) -> int:
         """How often a step sends its rows through the model."""
-        probes = self.n_directions + 1 if self.sides == 1 else 2 * self.n_directions
-        return probes + self.curvature
+        return self.n_directions + 1 if self.sides == 1 else 2 * self.n_directions

@@ -3,9 +3,7 @@
 Each returns directions whose mean of projected_grad * z is the step's estimate:
 
 - spsa (MeZO, arXiv 2305.17333): g = (L(theta + eps z) - L(theta - eps z)) / (2 eps), the
-  directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0. With
-  `curvature` (1.5-SPSA, "Probe-space preconditioning", 2026) z is of signs, and a direction of
-  curvature c = (L+ - 2 L0 + L-) / eps^2 gets the weight max(1, |c|)^-0.1.
+  directional derivative along z, and g z an unbiased estimate of the gradient as eps -> 0.
 - natural: the same probes, or those on one side and one at theta, combined to the natural gradient
   in the span of the step's directions (see `natural`).
 - fzoo (arXiv 2506.09034): one-sided Rademacher probes, (L_i - L0) divided by the standard deviation
@@ -27,7 +25,6 @@ from zo_gguf.tuning.natural import natural_slopes, sides, slopes_and_fisher
 from zo_gguf.tuning.trajectory import Direction
 
 _MASK = (1 << 64) - 1
-_CURVATURE_POWER = 0.1
 _SAMPLE = 8  # directions that tell how large an estimate is
 _TINY = 1e-12  # up to here, losses that differ are the same ones, rounded
 Estimate = tuple[tuple[Direction, ...], Scores]
@@ -35,7 +32,7 @@ Estimate = tuple[tuple[Direction, ...], Scores]
 
 def distribution_of(config: TuneConfig) -> int:
     """What z is drawn from, as the estimators' sources have it."""
-    return RADEMACHER if config.estimator == "fzoo" or config.curvature else NORMAL
+    return RADEMACHER if config.estimator == "fzoo" else NORMAL
 
 
 def direction_seeds(seed: int, step: int, n: int) -> list[int]:
@@ -71,38 +68,22 @@ def estimate(
         return fzoo(engine, examples, seeds, eps)
     if config.estimator == "natural":
         return natural(engine, examples, seeds, eps, config.damping, one_sided=config.sides == 1)
-    return spsa(engine, examples, seeds, eps, curvature=config.curvature)
+    return spsa(engine, examples, seeds, eps)
 
 
-def spsa(
-    engine: Engine,
-    examples: Sequence[Example],
-    seeds: Sequence[int],
-    eps: float,
-    *,
-    curvature: bool = False,
-) -> Estimate:
-    """Two-sided probes along every seed's z; `curvature` adds one forward at theta itself.
+def spsa(engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float) -> Estimate:
+    """Two-sided probes along every seed's z.
 
     Args:
         engine: The model, at theta.
         examples: The step's rows; the loss is the mean over them.
         seeds: One per direction.
         eps: Perturbation size, in units of a weight.
-        curvature: Weigh directions by their curvature.
     """
-    probes = [Probe(seed, sign * eps) for seed in seeds for sign in (1.0, -1.0)]
-    if curvature:
-        probes.append(Probe(0, 0.0))
-    scores = engine.score(examples, probes)
-    means = scores.losses.mean(axis=1)
-    n = 2 * len(seeds)
-    pairs = means[:n].reshape(-1, 2)  # (n_directions, 2)
-    slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * eps)
-    if curvature:
-        second = (pairs.sum(axis=1) - 2 * means[-1]) / eps**2
-        slopes *= np.maximum(1.0, np.abs(second)) ** -_CURVATURE_POWER
-    return tuple(map(_direction, seeds, *pairs.T, slopes)), scores
+    scores = engine.score(examples, [Probe(seed, sign * eps) for seed in seeds for sign in (1, -1)])
+    plus, minus = sides(scores.losses.mean(axis=1), one_sided=False)
+    slopes = (plus - minus) / (2 * eps)
+    return tuple(map(_direction, seeds, plus, minus, slopes)), scores
 
 
 def natural(
