@@ -3,7 +3,7 @@
     python3 tools/dev.py setup            make .venv: everything at pinned versions, libzo built
     python3 tools/dev.py demo             the main job, on a model and data that ship with this
     python3 tools/dev.py test [ARGS]      pytest; ARGS go to it
-    python3 tools/dev.py check            ruff, mypy --strict, clang-format
+    python3 tools/dev.py check            ruff, mypy --strict, clang-format, all C++ compilers
     python3 tools/dev.py bench [ARGS]     tools/bench/hook.py; ARGS go to it
     python3 tools/dev.py gpu [STAGE]      all of it on an NVIDIA GPU; see tools/gpu/run.py
 
@@ -128,6 +128,7 @@ def check() -> int:
         run("-m", "ruff", "format", "--check", "."),
         run("-m", "mypy", "--strict", "zo_gguf"),
         run_program(str(VENV.python.parent / "clang-format"), "--dry-run", "-Werror", *native),
+        run("-m", "tools.compilers"),
     )
 
 
