@@ -181,12 +181,12 @@ class TestRuns:
             Entry("method", "no-such-method", mask=None),
             Entry("optimizer", optimizer="no-such"),
             Entry("value", options={"directions": 0}),
-            Entry("mask", mask="fisher"),
+            Entry("mask", mask="other"),
             Entry("random", mask="random"),
         )
         reasons = {outcome.label: outcome.failure for outcome in report.outcomes}
         assert reasons.pop("random") == ""
-        words = ("no_such_option", "no-such-method", "no-such", "directions", "fisher")
+        words = ("no_such_option", "no-such-method", "no-such", "directions", "other")
         for (label, reason), word in zip(reasons.items(), words, strict=True):
             assert reason.startswith("not available: "), label
             assert word in reason
@@ -202,14 +202,14 @@ class TestRuns:
         assert flags(options) == ["--absolute", "--clip", "adaptive", "--eps", "0.1", "--no-json"]
 
     def test_masks_beside_the_model_or_in_a_folder_of_their_own(self, task: Task) -> None:
-        apart = task.models / "fisher" / "m-Q4_0.mask.safetensors"
+        apart = task.models / "other" / "m-Q4_0.mask.safetensors"
         apart.parent.mkdir()
         apart.touch()
         names = {"": "m-Q4_0", "random": "m-Q4_0.random"}
         for score, stem in names.items():
             expected = str(task.models / f"{stem}.mask.safetensors")
             assert base_options(task, Entry("a", mask=score), "Q4_0")["mask"] == expected
-        assert task.mask("Q4_0", "fisher") == apart
+        assert task.mask("Q4_0", "other") == apart
         assert "mask" not in base_options(task, Entry("a", mask=None), "Q4_0")
 
     def test_a_real_failure_says_its_last_line(self, task: Task) -> None:

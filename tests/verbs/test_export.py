@@ -212,12 +212,5 @@ def test_controls(text: Path, tmp_path: Path) -> None:
     assert columns.max() < 15  # spread evenly, on no few lines
 
 
-def test_the_fisher_score_differs(plain: ExportResult, text: Path, tmp_path: Path) -> None:
-    mask = Mask.load(export(export_config("llama", text, tmp_path, score="fisher")).files[0].mask)
-    assert mask.header.score == "fisher"
-    other = Mask.load(plain.files[1].mask)
-    assert any(not np.array_equal(mask.tensors[n], other.tensors[n]) for n in mask.tensors)
-
-
 def test_the_package_gives_the_function() -> None:
     assert export_function is export

@@ -63,7 +63,6 @@ ENTRIES = (
     Entry("random mask, spsa, adam", mask="random"),
     Entry("random mask, natural on two sides, adam", mask="random", **_TWO_SIDES),
     Entry("magnitude mask, natural on two sides, adam", mask="magnitude", **_TWO_SIDES),
-    Entry("fisher mask, natural on two sides, adam", mask="fisher", **_TWO_SIDES),
     Entry("norm, spsa, adam", "norm", mask=None),
     Entry("norm, fzoo of 8, sgd", "norm", "fzoo", "sgd", mask=None),
     Entry("norm, natural on two sides, adam", "norm", mask=None, **_TWO_SIDES),

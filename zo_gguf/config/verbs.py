@@ -43,9 +43,9 @@ class ExportConfig(Config):
         help="trainable share of each linear weight", default=0.001, above=0, below=1
     )
     output: str = option("-o", help="folder for the GGUFs and masks", metavar="DIR")
-    score: Literal["sensitive", "fisher", "random", "magnitude"] = option(
-        help="how weights are ranked: squared accumulated gradient, mean squared gradient per "
-        "batch, or the controls random and magnitude",
+    score: Literal["sensitive", "random", "magnitude"] = option(
+        help="how weights are ranked: by their squared accumulated gradient, or the controls "
+        "random and magnitude",
         default="sensitive",
     )
     include: str | None = option(

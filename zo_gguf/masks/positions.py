@@ -55,7 +55,7 @@ class Positions:
 
 def uses_gradients(config: ExportConfig) -> bool:
     """Whether the export needs the Hugging Face model's gradients."""
-    return config.positions is None and config.score in ("sensitive", "fisher")
+    return config.positions is None and config.score == "sensitive"
 
 
 def calibrate(config: ExportConfig, folder: Path) -> tuple[list[NDArray[np.int64]], dict[str, Any]]:
@@ -237,7 +237,6 @@ def _gradient_scores(
         model,
         [layers[layer] for layer in sorted(layers)],
         blocks,
-        fisher=config.score == "fisher",
         chunk_layers=config.chunk_layers,
     ):
         name = gguf_name[parameter]

@@ -1,8 +1,8 @@
 """Scores of weights from gradients on calibration text, by torch on the Hugging Face model.
 
-`sensitive` is the square of the gradient accumulated over all text, as in SensZOQ (2406.02913);
-`fisher` the mean of squared gradients, one per block. Only a chunk of layers has gradients at a
-time, each summed up in f32 and freed as soon as backprop has made it. GGUF is not known here.
+A score is the square of the gradient accumulated over all text, as in SensZOQ (2406.02913). Only a
+chunk of layers has gradients at a time, each summed up in f32 and freed as soon as backprop has
+made it. GGUF is not known here.
 """
 
 import platform
@@ -150,7 +150,6 @@ def gradient_scores(
     layers: Sequence[Sequence[str]],
     blocks: Sequence[NDArray[np.int64]],
     *,
-    fisher: bool = False,
     chunk_layers: int | None = None,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Score weights by their gradients of the language-modelling loss.
@@ -159,7 +158,6 @@ def gradient_scores(
         model: Causal language model whose parameters require no gradients.
         layers: Parameter names to score, grouped by layer, in the model's order.
         blocks: Token ids, (n_tokens,) each.
-        fisher: Mean over blocks of squared gradients, instead of the squared mean gradient.
         chunk_layers: Layers that have gradients at once; from free memory when None.
 
     Yields:
@@ -176,10 +174,9 @@ def gradient_scores(
         total=len(chunks) * len(blocks), desc="gradients", unit="block", disable=None, leave=False
     ) as bar:
         for chunk in reversed(chunks):
-            sums = _accumulate(model, chunk, blocks, fisher, bar)
+            sums = _accumulate(model, chunk, blocks, bar)
             for name in chunk:
-                total = sums.pop(name).div_(len(blocks))
-                score = parameter_values(total if fisher else total.square_())
+                score = parameter_values(sums.pop(name).div_(len(blocks)).square_())
                 if not np.isfinite(score).all():
                     raise ZoError(
                         f"The gradient of {name!r} is not finite; check the model and the "
@@ -189,9 +186,9 @@ def gradient_scores(
 
 
 def _accumulate(
-    model: Any, names: Sequence[str], blocks: Sequence[NDArray[np.int64]], fisher: bool, bar: Any
+    model: Any, names: Sequence[str], blocks: Sequence[NDArray[np.int64]], bar: Any
 ) -> dict[str, Tensor]:
-    """Sum gradients, or their squares, of the named parameters over all blocks, in f32."""
+    """Sum gradients of the named parameters over all blocks, in f32."""
     parameters = {name: model.get_parameter(name) for name in names}
     offload = _is_short(model)
     sums: dict[str, Tensor] = {}
@@ -199,8 +196,7 @@ def _accumulate(
     def collect(name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        gradient = gradient.float()
-        sums[name].add_(gradient.square() if fisher else gradient)
+        sums[name].add_(gradient.float())
 
     with ExitStack() as stack:
         for name, parameter in parameters.items():

@@ -39,7 +39,7 @@ class MaskHeader:
     Attributes:
         base_name: File name of the quantized GGUF that the residuals were computed against.
         base_sha256: `GgufFile.sha256()` of it.
-        score: sensitive, fisher, magnitude or random.
+        score: sensitive, magnitude or random.
         density: Wanted share of each matrix's weights, 0 < density <= 1.
         max_rank: Largest number of rows-or-columns per matrix, None when unlimited.
         calibration: Recipe of the calibration text (JSON values).
