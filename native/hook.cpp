@@ -443,6 +443,15 @@ zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
     });
 }
 
+zo_status zo_hook_check(const zo_hook * hook) {
+    return guarded([&] {
+        if (hook == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_hook_check got a null pointer");
+        }
+        return hook->error.empty() ? ZO_OK : fail(ZO_GRAPH, hook->error);
+    });
+}
+
 zo_status zo_hook_end(zo_hook * hook, double * nll) {
     return guarded([&] {
         if (hook == nullptr) {

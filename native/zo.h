@@ -235,6 +235,10 @@ ZO_API bool zo_hook_eval(struct ggml_tensor * node, bool ask, void * hook);
 // columns and no losses, which is how a tuned model generates text.
 ZO_API zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch);
 
+// After any llama_decode, which returns success even where the hook refused a node and the rest was not
+// computed: fails with the first refusal since zo_hook_begin.
+ZO_API zo_status zo_hook_check(const zo_hook * hook);
+
 // After llama_decode: nll[n_targets] = logsumexp(logits) - logits[token]. Fails if the graph was not
 // the expected one, if a weight of the store was never multiplied, or if no output node was seen.
 ZO_API zo_status zo_hook_end(zo_hook * hook, double * nll);

@@ -144,6 +144,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_hook_free": (None, (Handle,)),
     "zo_hook_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
     "zo_hook_begin": (c_int32, (Handle, POINTER(Batch))),
+    "zo_hook_check": (c_int32, (Handle,)),
     "zo_hook_end": (c_int32, (Handle, POINTER(c_double))),
 }
 
@@ -466,6 +467,17 @@ class Hook(_Handle):
     def begin_any(self) -> None:
         """Let any decode pass, theta applied to all of its columns, without losses."""
         self._call("begin", self.handle, None)
+
+    def check(self) -> None:
+        """Raise ZoError if a node was refused since `begin` or `begin_any`, or the last `check`.
+
+        llama_decode then returns success, but nothing that it gives may be used.
+        """
+        try:
+            self._call("check", self.handle)
+        except ZoError:
+            self.begin_any()
+            raise
 
     def end(self, n_targets: int) -> NDArray[np.float64]:
         """Negative log-likelihood of each target of the decode, (n_targets,).

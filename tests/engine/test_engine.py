@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import models, reference
-from tests.helpers.tiny_gguf import write_llama
+from tests.helpers.tiny_gguf import random_delta, write_llama
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.attach import attach, detach
 from zo_gguf.engine.engine import Engine, Probe
@@ -218,6 +218,32 @@ def test_attach_answers_like_the_engine(tiny_export: SimpleNamespace, rows: Call
     assert np.abs(np.array([stock_loss(llama, e) for e in examples]) - again).max() > 0.05
     detach(llama)
     assert np.array_equal([stock_loss(llama, e) for e in examples], plain)
+    llama.close()
+
+
+def test_attached_models_raise_where_a_node_is_refused(tmp_path: Path) -> None:
+    """llama_decode returns success then, and would give text of a model that was half computed."""
+    path = write_llama(tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
+    plain = llama.create_completion("The", max_tokens=4, temperature=0)
+    delta = random_delta(GgufFile(path))
+    attach(llama, delta)
+    tuned = llama.create_completion("The", max_tokens=4, temperature=0)
+    assert tuned["choices"] != plain["choices"]
+    # From here on, one weight has another shape than the model has.
+    store = llama._zo_gguf_attachment.parameters._store
+    store.add("output.weight", (3, 5), np.array([2]), np.ones(1, np.float32))
+    for _ in range(2):
+        with pytest.raises(ZoError, match=r"output.weight has an unexpected shape or type"):
+            llama.create_completion("The", max_tokens=4, temperature=0)
+        with pytest.raises(ZoError, match=r"output.weight has an unexpected shape or type"):
+            llama("The", max_tokens=4, temperature=0)
+        with pytest.raises(ZoError, match=r"output.weight has an unexpected shape or type"):
+            llama.eval([1])
+    assert llama.n_tokens == 0
+    attach(llama, delta)
+    again = llama.create_completion("The", max_tokens=4, temperature=0)
+    assert again["choices"] == tuned["choices"]
     llama.close()
 
 

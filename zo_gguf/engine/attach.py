@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,30 @@ from zo_gguf.libzo import Hook
 from zo_gguf.params.delta import Delta, open_entries
 
 _ATTRIBUTE = "_zo_gguf_attachment"
+
+
+class _HookedContext(_internals.LlamaContext):
+    """A context whose decodes fail where the hook refused a node; llama_decode itself would not."""
+
+    hook: Hook
+    llama: Any  # a proxy of what it belongs to
+
+    def decode(self, batch: Any) -> None:
+        """llama_decode.
+
+        Raises:
+            ZoError: The graph was not what the tuned weights expect; nothing stays in the cache.
+        """
+        try:
+            try:
+                super().decode(batch)
+            finally:
+                self.hook.check()
+        except ZoError:
+            if self.memory is not None:
+                llama_cpp.llama_memory_clear(self.memory, True)
+            self.llama.reset()
+            raise
 
 
 @dataclass
@@ -42,7 +67,7 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
         delta: A `Delta`, a delta file or a run folder.
 
     Returns:
-        The same object.
+        The same object. Whatever runs its model raises ZoError where the weights cannot be applied.
 
     Raises:
         ZoError: The delta belongs to another GGUF, or its weights cannot be hooked; what was
@@ -91,15 +116,17 @@ def _hook(llama: Any, attachment: _Attachment | None) -> None:
     callback = llama_cpp.ggml_backend_sched_eval_callback(hook.callback if hook else 0)
     llama.context_params.cb_eval = callback
     llama.context_params.cb_eval_user_data = hook.handle if hook else None
-    _replace_context(llama)
+    _replace_context(llama, hook)
 
 
-def _replace_context(llama: Any) -> None:
+def _replace_context(llama: Any, hook: Hook | None) -> None:
+    kind = _HookedContext if hook else _internals.LlamaContext
     with quiet_engine():
         llama._ctx.close()
-        context = _internals.LlamaContext(
-            model=llama._model, params=llama.context_params, verbose=llama.verbose
-        )
+        context = kind(model=llama._model, params=llama.context_params, verbose=llama.verbose)
+    if isinstance(context, _HookedContext):
+        assert hook is not None
+        context.hook, context.llama = hook, weakref.proxy(llama)
     llama._ctx = llama._stack.enter_context(contextlib.closing(context))
     adapter: Any = getattr(llama, "_lora_adapter", None)
     if adapter is not None:
