@@ -358,6 +358,9 @@ zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, 
         if (hook == nullptr || n_threads < 1) {
             return fail(ZO_ARGUMENT, "a hook needs at least one thread");
         }
+        if (inplace != nullptr && inplace->devices != nullptr) {
+            return fail(ZO_ARGUMENT, "the values in place have a hook already; free it first");
+        }
         *hook                 = new zo_hook;
         (*hook)->store        = store;
         (*hook)->inplace      = inplace;
@@ -375,7 +378,7 @@ zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, 
 
 void zo_hook_free(zo_hook * hook) {
     if (hook != nullptr && hook->inplace != nullptr) {
-        hook->inplace->devices = nullptr;
+        hook->inplace->leave_hook();
     }
     delete hook;
 }

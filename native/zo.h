@@ -26,7 +26,12 @@
 extern "C" {
 #endif
 
+struct ggml_backend_buffer_type;
+struct ggml_cgraph;
+struct ggml_context;
 struct ggml_tensor;
+struct llama_sampler;
+struct llama_sampler_data;
 
 typedef struct zo_store   zo_store;
 typedef struct zo_inplace zo_inplace;
@@ -197,8 +202,10 @@ ZO_API zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, cons
 // ---- logits that stay where they are ----------------------------------------------------------------
 
 // backend_init and backend_apply of a llama_sampler_i (llama.h) that has nothing copied to the host.
-ZO_API bool zo_discard_init(void * sampler, void * buffer_type, uint32_t n_outputs);
-ZO_API void zo_discard_apply(void * sampler, void * context, void * graph, void * data);
+ZO_API bool zo_discard_init(struct llama_sampler * sampler, struct ggml_backend_buffer_type * buffer_type,
+                            uint32_t n_outputs);
+ZO_API void zo_discard_apply(struct llama_sampler * sampler, struct ggml_context * context,
+                             struct ggml_cgraph * graph, struct llama_sampler_data * data);
 
 // ---- kernels by themselves, on host arrays ----------------------------------------------------------
 //

@@ -199,6 +199,17 @@ void zo_inplace::place(zo::inplace_tensor & t, ggml_tensor * tensor) {
     }
 }
 
+void zo_inplace::leave_hook() {
+    devices = nullptr;
+    for (zo::inplace_tensor & t : tensors) {
+        if (t.device != nullptr) {
+            t.device = nullptr;
+            t.live   = nullptr;
+            written  = false;
+        }
+    }
+}
+
 using zo::fail;
 using zo::guarded;
 

@@ -71,6 +71,8 @@ struct zo_inplace {
     void look(const ggml_tensor * node);
     void find(ggml_tensor * tensor);
     void place(zo::inplace_tensor & t, ggml_tensor * tensor);
+    // The hook goes, and its devices with it: tensors there have to be found again by another hook.
+    void leave_hook();
     // Live values [first, first + n) of a tensor in a branch, not yet rounded to its storage.
     void values(const zo::inplace_tensor & t, const zo_branch & branch, int64_t first, int64_t n,
                 float * live) const;

@@ -246,7 +246,7 @@ def c_name(declaration: str) -> str:
         return "c_char_p"
     if base in ("zo_store", "zo_inplace", "zo_lowrank", "zo_gain", "zo_tensors", "zo_hook"):
         return "c_void_p" if stars == 1 else "LP_c_void_p"
-    if base == "ggml_tensor":
+    if base.startswith(("ggml_", "llama_")):
         return "c_void_p"
     if base == "zo_batch":
         return "LP_Batch"

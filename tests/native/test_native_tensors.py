@@ -11,6 +11,9 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from tests.conftest import CACHE
+from tests.helpers import stand_in_gpu
+from zo_gguf import libzo
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import AT_THETA, Field, Hook, InPlace, Probe, Tensors
@@ -114,14 +117,50 @@ def test_an_original_is_preferred_to_its_copies(graph: Graph) -> None:
     tensors.free()
 
 
-def test_a_weight_that_lies_in_two_places_is_written_to_both(graph: Graph) -> None:
-    graph.rename(COPY, NAME)
-    graph.build()
-    values = np.arange(N_ROWS * N_COLS, dtype=np.float32)
+def all_values(values: np.ndarray) -> InPlace:
+    """All values of the matrix NAME."""
     in_place = InPlace(native_library(), 1)
     described = Field(values.size, values.itemsize, 1)  # f32 throughout
     described.limit = np.inf
     in_place.add(NAME, described, values.nbytes, values)
+    return in_place
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_values_in_place_outlive_their_hook(
+    graph: Graph, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's memory held has to be found by the next one: its devices went with the first."""
+    if on_gpu:
+        library = stand_in_gpu.build(CACHE)
+        monkeypatch.setattr(libzo, "library_path", lambda: library)
+    libzo.load.cache_clear()
+    graph.build()
+    values = np.arange(N_ROWS * N_COLS, dtype=np.float32)
+    in_place = all_values(values)
+    hook = Hook(native_library(), None, in_place, None, None, n_threads=1)
+    with pytest.raises(ZoError, match="have a hook already"):
+        Hook(native_library(), None, in_place, None, None, n_threads=1)
+    for expected in (values, values + 1):
+        native_library().functions.zo_hook_eval(graph.nodes[NAME], True, hook.handle)
+        in_place.write(expected)
+        in_place.apply(0, 0.0)
+        assert np.array_equal(graph.values(NAME).reshape(-1), expected)
+        hook.free()
+        if on_gpu:
+            with pytest.raises(ZoError, match="is not used by the model"):
+                in_place.apply(0, 0.0)
+        hook = Hook(native_library(), None, in_place, None, None, n_threads=1)
+    hook.free()
+    in_place.free()
+    libzo.load.cache_clear()
+
+
+def test_a_weight_that_lies_in_two_places_is_written_to_both(graph: Graph) -> None:
+    graph.rename(COPY, NAME)
+    graph.build()
+    values = np.arange(N_ROWS * N_COLS, dtype=np.float32)
+    in_place = all_values(values)
     hook = Hook(native_library(), None, in_place, None, None, n_threads=1)
     evaluate = native_library().functions.zo_hook_eval
     for name in (NAME, COPY, "blk.0.ffn_up.weight", NAME, COPY):
