@@ -247,6 +247,18 @@ def test_attached_models_raise_where_a_node_is_refused(tmp_path: Path) -> None:
     llama.close()
 
 
+def test_nothing_stays_of_a_decode_that_was_refused(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf")
+    row = Example([1, 100, 101, 102], [False, True, True, True])
+    with Engine(path, mask=random_delta(GgufFile(path)), n_threads=1) as engine:
+        engine.losses([row])
+        assert engine._context.is_clean
+        engine.parameters._store.add("output.weight", (3, 5), np.array([2]), np.ones(1, np.float32))
+        with pytest.raises(ZoError, match="output.weight has an unexpected shape or type"):
+            engine.losses([row])
+        assert not engine._context.is_clean  # so that the next decode erases the cache
+
+
 def stock_loss(llama: llama_cpp.Llama, example: object) -> float:
     """Choice cross-entropy by plain llama-cpp-python, for one-token choices."""
     llama.reset()

@@ -174,6 +174,7 @@ class Context:
         # A masked cell counts 0 times what is left in it, and so is NaN where that is.
         memory, erase = llama_cpp.llama_get_memory(self._context), not self.is_clean
         llama_cpp.llama_memory_clear(memory, erase)
+        self.is_clean = False  # as long as nobody has looked at the results
         # With an adapter, llama.cpp reserves its buffers, and talks of it, in the first decode.
         silence = nullcontext() if self._settled else quiet_engine()
         self._settled = True
