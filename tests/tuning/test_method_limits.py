@@ -171,7 +171,6 @@ def test_weights_beside_scales_go_by_the_unit_of_both(tmp_path: Path) -> None:
     [
         ("norm", "rank", 64),
         ("lora", "refresh", 5),
-        ("lora", "factors", "gaussian"),
         ("norm", "density", 0.5),
         ("dense", "absolute", True),
         ("sensitive", "train", "blk.0"),
@@ -212,20 +211,14 @@ def test_layers_that_share_keys_and_values_have_idle_tensors() -> None:
     assert not is_idle(base, "blk.5.attn_k.weight")
 
 
-def test_bases_of_subspaces_are_orthonormal_or_gaussian(tmp_path: Path) -> None:
-    for factors in ("orthogonal", "gaussian"):
-        given = config(tmp_path, "subspace", rank=16, refresh=3, iters=6, factors=factors)
-        edits = start(given, GgufFile(given.model)).low_rank.values()
-        bases = [basis for edit in edits for side in (edit.left, edit.right) for basis in side]
-        squares = np.array([basis @ basis.T for basis in bases], np.float64)
-        assert len(bases) == 4 * len(edits)  # two windows, two sides
-        assert len({basis.tobytes() for basis in bases}) == len(bases)
-        if factors == "orthogonal":
-            np.testing.assert_allclose(squares, [np.eye(16)] * len(bases), atol=1e-6)
-            continue
-        means = squares.mean(axis=0)
-        np.testing.assert_allclose(means, np.eye(16), atol=0.1)
-        assert np.abs(squares - means).max() > 0.2  # single ones are not
+def test_bases_of_subspaces_are_orthonormal(tmp_path: Path) -> None:
+    given = config(tmp_path, "subspace", rank=16, refresh=3, iters=6)
+    edits = start(given, GgufFile(given.model)).low_rank.values()
+    bases = [basis for edit in edits for side in (edit.left, edit.right) for basis in side]
+    squares = np.array([basis @ basis.T for basis in bases], np.float64)
+    assert len(bases) == 4 * len(edits)  # two windows, two sides
+    assert len({basis.tobytes() for basis in bases}) == len(bases)
+    np.testing.assert_allclose(squares, [np.eye(16)] * len(bases), atol=1e-6)
 
 
 def test_a_delta_of_nothing_is_told(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ METHODS = [
 ]
 CASES = [replace(case, estimator=estimator) for case in METHODS for estimator in ESTIMATORS]
 CASES += [
-    Case("subspace", "F16", 0.001, {"factors": "gaussian"}),
+    Case("subspace", "F16", 0.001, {}),
     Case("lora", "F16", 0.005, {"directions": 3}),
     Case("magnitude", "F16", 0.004, {"learning_rate": 7e-5, "density": 0.6}),
     Case("block-scale", "Q8_0", 4e-5, {"absolute": True}),

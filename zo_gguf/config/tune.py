@@ -19,7 +19,6 @@ MASK_SUFFIX = ".mask.safetensors"
 _OF_METHODS = {
     "rank": ("subspace", "lora"),
     "refresh": ("subspace",),
-    "factors": ("subspace",),
     "density": ("magnitude",),
     "absolute": ("block-scale",),
     "train": ("magnitude", "block-scale", "subspace", "lora", "dense", "norm"),
@@ -187,9 +186,6 @@ class TuneConfig(RowsConfig):
     )
     rank: int = option(help="rank of subspace and lora", default=8, low=1)
     refresh: int = option(help="steps between new bases of subspace; 0: never", default=0, low=0)
-    factors: Literal["orthogonal", "gaussian"] = option(
-        help="bases of subspace", default="orthogonal"
-    )
     density: float | None = option(
         help="share of each matrix trained by magnitude (default: 0.25 of a float one, 0.001 of a "
         "quantized one)",

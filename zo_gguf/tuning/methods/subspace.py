@@ -1,13 +1,11 @@
 """`subspace`: tune a small matrix Z between fixed random bases (SubZero, arXiv 2410.08989).
 
 Each matrix W (m, n) gets W + c U Z V^T beside it, with U (m, r) and V (n, r) orthonormal, from QR
-of seeded Gaussians (`--factors gaussian`: the Gaussians themselves, nearer to LOZO, 2410.07698), Z
-(r, r) the masters, and c = sqrt(m n) / r, which gives a perturbation the size of a dense one. After
-`--refresh` steps new bases follow and the earlier products stay, so the rank grows; 0 keeps one
-subspace. Memory: 8 r (m + n) bytes per matrix and window. The result is an exact LoRA.
+of seeded Gaussians, Z (r, r) the masters, and c = sqrt(m n) / r, which gives a perturbation the
+size of a dense one. After `--refresh` steps new bases follow and the earlier products stay, so the
+rank grows; 0 keeps one subspace. Memory: 8 r (m + n) bytes per matrix and window. The result is an
+exact LoRA.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,7 +37,10 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     products: Products = {}
     for number, name in enumerate(names):
         n_rows, n_cols = gguf.tensors[name].shape
-        bases = _Bases(config.seed, number, config.rank, config.factors == "orthogonal")
+        left, right = (
+            [_basis([config.seed, number, k, side], n, config.rank) for k in range(n_windows)]
+            for side, n in enumerate((n_rows, n_cols))
+        )
         products[name] = LowRank(
             "subspace",
             n_rows,
@@ -47,26 +48,16 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
             config.rank,
             float(np.sqrt(n_rows * n_cols) / config.rank),
             config.refresh,
-            np.stack([bases.draw(window, 0, n_rows) for window in range(n_windows)]),
-            np.stack([bases.draw(window, 1, n_cols) for window in range(n_windows)]),
+            np.stack(left),
+            np.stack(right),
         )
     theta = np.zeros(sum(product.size for product in products.values()), np.float32)
     header = DeltaHeader.of(gguf, "subspace")
     return Delta({}, {}, theta, header, low_rank=products)
 
 
-@dataclass(frozen=True)
-class _Bases:
-    """The random bases of one matrix."""
-
-    seed: int
-    number: int
-    rank: int
-    orthogonal: bool
-
-    def draw(self, window: int, side: int, n: int) -> Vector:
-        """Basis vectors as rows, float32 (rank, n), of length 1 (on average, if Gaussian)."""
-        random = np.random.Generator(np.random.PCG64([self.seed, self.number, window, side]))
-        gaussian = random.standard_normal((n, self.rank))
-        basis = np.linalg.qr(gaussian)[0] if self.orthogonal else gaussian / np.sqrt(n)
-        return np.ascontiguousarray(basis.T, dtype=np.float32)
+def _basis(seed: list[int], n: int, rank: int) -> Vector:
+    """Orthonormal vectors as rows, float32 (rank, n)."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    basis = np.linalg.qr(random.standard_normal((n, rank)))[0]
+    return np.ascontiguousarray(basis.T, dtype=np.float32)
