@@ -6,7 +6,7 @@ The public names are imported on first use, so that `import zo_gguf` is fast and
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from zo_gguf.config import DataCheckConfig as DataCheckConfig

@@ -20,7 +20,6 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import METHODS, start
 from zo_gguf.tuning.run import Run
-from zo_gguf.tuning.trajectory import Trajectory
 from zo_gguf.verbs.info import info
 from zo_gguf.verbs.merge import merge
 from zo_gguf.verbs.replay import replay
@@ -171,21 +170,43 @@ def test_changed_rows_are_noticed(
         resume(run)
 
 
-def test_a_trajectory_from_before_rows_were_hashed_is_gone_on_with(
-    finished: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+@pytest.fixture
+def older(finished: Path, tmp_path: Path) -> Path:
+    """A run folder as zo-gguf 0.1 left it: another magic number, and options that are gone."""
+    run = tmp_path / "older"
     shutil.copytree(finished, run)
-    old = Trajectory.load(run / "trajectory.bin")
-    records = list(old.records())
-    header = {name: value for name, value in old.header.items() if name != "rows_sha256"}
-    older = Trajectory.create(run / "trajectory.bin", header)
-    for record in records[:-1]:
-        older.append(record)
-    older.close()
-    shutil.rmtree(run / "checkpoints")
-    assert resume(run).steps == N_STEPS
-    assert list(Trajectory.load(run / "trajectory.bin").records()) == records
+    trajectory = run / "trajectory.bin"
+    trajectory.write_bytes(b"ZOTRAJ2\n" + trajectory.read_bytes()[8:])
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "curvature: false\nadjust: false\n")
+    return run
+
+
+def test_a_run_of_an_older_version_says_which(older: Path) -> None:
+    before = {path: path.read_bytes() for path in older.rglob("*") if path.is_file()}
+    for read in (
+        lambda: resume(older),
+        lambda: replay(ReplayConfig(run=str(older))),
+        lambda: info(InfoConfig(path=str(older))),
+    ):
+        with pytest.raises(ZoError, match=r"was begun by zo-gguf 0\.1; resume and replay it with"):
+            read()
+    with pytest.raises(ZoError, match=r"was written by zo-gguf 0\.1"):
+        info(InfoConfig(path=str(older / "trajectory.bin")))
+    assert before == {path: path.read_bytes() for path in older.rglob("*") if path.is_file()}
+
+
+def test_the_delta_of_an_older_run_is_merged(
+    older: Path, tiny_export: SimpleNamespace, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"run": str(older), "threads": 1}
+    merged, base = str(tmp_path / "m.gguf"), str(tiny_export.model("Q4_0"))
+    with pytest.raises(ZoError, match="is not recorded; give it with -m"):
+        merge(MergeConfig(**given, output=merged))
+    assert merge(MergeConfig(**given, output=merged, model=base)).output.is_file()
+    with pytest.raises(ZoError, match="input"):
+        own = str(older / "metrics.jsonl")
+        merge(MergeConfig(**given, output=own, model=base, overwrite=True))
 
 
 def test_units_of_what_is_not_trained_are_refused(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zo_gguf.errors import ZoError
-from zo_gguf.tuning.trajectory import Direction, Record, Trajectory
+from zo_gguf.tuning.trajectory import MAGIC, Direction, Record, Trajectory
 
 HEADER = {"directions": 2, "optimizer": "adam", "seed": 3}
 SIZE = 16 + 2 * 32 + 4
@@ -106,7 +106,7 @@ def test_the_last_record_can_be_taken_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"x", b"ZOTRAJ1\n", b"GGUF" * 10, struct.pack("<8sII", b"ZOTRAJ1\n", 1 << 30, 0)]
+    "content", [b"x", MAGIC, b"GGUF" * 10, struct.pack("<8sII", MAGIC, 1 << 30, 0)]
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.bin"
@@ -115,3 +115,11 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         Trajectory.load(path)
     with pytest.raises(ZoError, match="check the path"):
         Trajectory.load(tmp_path / "none.bin")
+
+
+@pytest.mark.parametrize("magic", [b"ZOTRAJ1\n", b"ZOTRAJ2\n"])
+def test_a_file_of_an_older_version_says_which(tmp_path: Path, magic: bytes) -> None:
+    path = written(tmp_path / "t.bin", 2)
+    path.write_bytes(magic + path.read_bytes()[len(magic) :])
+    with pytest.raises(ZoError, match=r"was written by zo-gguf 0\.1; read it with that version"):
+        Trajectory.load(path)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from zo_gguf.config import MergeConfig, TuneConfig, load_config
+from zo_gguf.config import MergeConfig, TuneConfig
 from zo_gguf.data.dataset import Example, find_split, load_examples, load_train_valid
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.evaluation import counted_tokens, summarize
@@ -17,7 +17,8 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging.stock import Measured, measure_stock
 from zo_gguf.params.delta import Delta
-from zo_gguf.tuning.run import run_files
+from zo_gguf.tuning.run import load_options, run_files
+from zo_gguf.tuning.trajectory import older_version
 
 _CTX_TOKENS = 2048
 _ROWS_PER_CALL = 64
@@ -66,7 +67,7 @@ class Source:
 
     Attributes:
         name: Of the run folder, or of a lone file.
-        run: The run's resolved settings, None for a lone file.
+        run: The run's resolved settings; None for a lone file, or a run of an older zo-gguf.
         files: What must not be written over: the delta, and the other files of its run.
     """
 
@@ -80,7 +81,9 @@ def find_source(path: Path) -> Source:
     path = path.resolve()
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
-            run = load_config(TuneConfig, folder / "config.yaml")
+            # An older run has other options, but a delta like any other.
+            older = older_version(folder / "trajectory.bin")
+            run = None if older else load_options(folder)
             return Source(folder.name, run, [path, *run_files(folder, run)])
     return Source(path.stem, None, [path])
 

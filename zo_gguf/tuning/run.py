@@ -31,7 +31,7 @@ from zo_gguf.params.sparse_file import digest
 from zo_gguf.system import atomic_write, require_file
 from zo_gguf.tuning.optimizer import Optimizer, gradient_estimate, make_optimizer
 from zo_gguf.tuning.trainable import Trainable
-from zo_gguf.tuning.trajectory import Record, Trajectory
+from zo_gguf.tuning.trajectory import Record, Trajectory, older_version
 
 TARGETS_FILE = "targets.safetensors"
 _STEP_KEY = "step"
@@ -126,13 +126,10 @@ class Run:
         """Open the directory of a run that was started before.
 
         Raises:
-            ZoError: It is not a run directory, or its config is damaged.
+            ZoError: As `load_options`.
         """
         path = Path(path)
-        if not (path / "config.yaml").is_file():
-            reason = "is not a run folder (it has no config.yaml)"
-            raise ZoError(f"{str(path)!r} {reason}; check the path.")
-        run = cls(path, load_config(TuneConfig, path / "config.yaml"))
+        run = cls(path, load_options(path))
         (path / "checkpoints").mkdir(exist_ok=True)
         return run
 
@@ -242,6 +239,24 @@ OWN_FILES = (
 )
 
 
+def load_options(folder: Path) -> TuneConfig:
+    """The options of a run.
+
+    Raises:
+        ZoError: It is no run folder, its config is damaged, or an older zo-gguf has begun it.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ZoError(
+            f"{str(folder)!r} is not a run folder (it has no config.yaml); check the path."
+        )
+    if version := older_version(folder / "trajectory.bin"):
+        raise ZoError(
+            f"The run {str(folder)!r} was begun by zo-gguf {version}; resume and replay it with "
+            "that version, or begin it anew with --overwrite."
+        )
+    return load_config(TuneConfig, folder / "config.yaml")
+
+
 def open_trajectory(
     run: Run, trainable: Trainable, of_rows: Mapping[str, Any] | None = None
 ) -> Trajectory:
@@ -265,12 +280,12 @@ def open_trajectory(
     if not run.trajectory_path.exists():
         return Trajectory.create(run.trajectory_path, header)
     trajectory = Trajectory.load(run.trajectory_path)
-    recorded = header | trajectory.header  # older ones may say less
     for name, value in header.items():
-        if recorded.get(name) != value:
+        recorded = trajectory.header.get(name)
+        if recorded != value:
             raise ZoError(
-                f"The trajectory of {str(run.path)!r} has {name} {recorded.get(name)}, "
-                f"but now it is {value}; put the original mask, data and config.yaml back."
+                f"The trajectory of {str(run.path)!r} has {name} {recorded}, but now it is "
+                f"{value}; put the original mask, data and config.yaml back."
             )
     return trajectory
 
@@ -281,10 +296,11 @@ def _arrays(state: State) -> dict[str, NDArray[np.floating]]:
     }
 
 
-def run_files(folder: Path, config: TuneConfig) -> list[Path]:
-    """The files of a run that are there, and those it was made from."""
+def run_files(folder: Path, config: TuneConfig | None = None) -> list[Path]:
+    """The files of a run that are there and, by its options, those it was made from."""
     own = [folder / name for name in OWN_FILES]
-    return [path for path in (*own, Path(config.model), Path(config.mask)) if path.is_file()]
+    sources = [Path(config.model), Path(config.mask)] if config else []
+    return [path for path in (*own, *sources) if path.is_file()]
 
 
 def require_run(path: str | os.PathLike[str]) -> Run:

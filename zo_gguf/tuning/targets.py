@@ -152,7 +152,7 @@ def choose_targets(
     Raises:
         ZoError: Soft targets were asked for and cannot be had, or the file cannot be used.
     """
-    if begun and config.targets != "soft":  # auto: an older run, which had none
+    if begun and config.targets != "soft":
         return "answers"
     if begun:
         draw.examples = aim(draw.examples, *load_targets(path, draw.examples))

@@ -21,6 +21,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.system import atomic_write, require_file
 
 MAGIC = b"ZOTRAJ3\n"
+OLDER = {b"ZOTRAJ1\n": "0.1", b"ZOTRAJ2\n": "0.1"}  # magic -> the zo-gguf that reads it
 _PREFIX = struct.Struct("<8sII")
 _STEP = struct.Struct("<Qd")
 _DIRECTION = struct.Struct("<Qddd")
@@ -154,6 +155,14 @@ class Trajectory:
             self._file = None
 
 
+def older_version(path: Path) -> str | None:
+    """Which zo-gguf reads a trajectory, if it is an older one; None without such a file."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return OLDER.get(file.read(len(MAGIC)))
+
+
 def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
     damaged = ZoError(
         f"{str(path)!r} is not a zo-gguf trajectory or its header is damaged; restore the file, or "
@@ -163,6 +172,11 @@ def _read_header(file: IO[bytes], path: Path) -> dict[str, Any]:
     if len(prefix) < _PREFIX.size:
         raise damaged
     magic, length, crc = _PREFIX.unpack(prefix)
+    if magic in OLDER:
+        raise ZoError(
+            f"The trajectory {str(path)!r} was written by zo-gguf {OLDER[magic]}; read it with "
+            "that version."
+        )
     if magic != MAGIC or length > _MAX_HEADER:
         raise damaged
     text = file.read(length)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import zo_gguf
-from zo_gguf.config import EnvConfig, InfoConfig, TuneConfig, load_config
+from zo_gguf.config import EnvConfig, InfoConfig
 from zo_gguf.config.option import to_dict
 from zo_gguf.engine.amx import amx_is_left_out, amx_problem
 from zo_gguf.engine.backends import (
@@ -34,8 +34,9 @@ from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask
 from zo_gguf.params.sparse_file import kind_of
 from zo_gguf.system import require_file
+from zo_gguf.tuning.run import load_options
 from zo_gguf.tuning.trajectory import MAGIC as TRAJECTORY_MAGIC
-from zo_gguf.tuning.trajectory import Trajectory
+from zo_gguf.tuning.trajectory import OLDER, Trajectory
 
 _LONGEST = 160  # characters of a value that the table shows
 _PACKAGES = ("llama-cpp-python", "gguf", "numpy", "safetensors", "torch", "transformers")
@@ -98,7 +99,7 @@ def info(config: InfoConfig) -> Facts:
     head: dict[str, Any] = {"file": str(path), "size": _size(n_bytes), "bytes": n_bytes}
     if start[:4] == b"GGUF":
         return Facts(head | _gguf(GgufFile(path)))
-    if start == TRAJECTORY_MAGIC:
+    if start == TRAJECTORY_MAGIC or start in OLDER:
         return Facts(head | _trajectory(Trajectory.load(path)))
     match kind_of(path):
         case "mask":
@@ -212,8 +213,7 @@ def _trajectory(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    if not (path / "config.yaml").is_file():
-        raise ZoError(f"{str(path)!r} is not a run folder (it has no config.yaml); check the path.")
+    config = load_options(path)
     facts: dict[str, Any] = {"folder": str(path), "kind": "run"}
     trajectory = path / "trajectory.bin"
     if trajectory.is_file():
@@ -228,7 +228,7 @@ def _run(path: Path) -> dict[str, Any]:
         if (path / name).is_file():
             facts[name] = _delta(Delta.load(path / name))
             break
-    facts["config"] = to_dict(load_config(TuneConfig, path / "config.yaml"))
+    facts["config"] = to_dict(config)
     return facts
 
 
