@@ -3,9 +3,11 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 
 from tests.helpers.stand_in_venv import use_repository
 from tools import dev
+from tools.gpu import kit
 from tools.setup import basics, engine, preflight
 from tools.setup.basics import ENGINE, SetupError, pinned
 from tools.setup.venv import HINTS, Venv, explain
+from zo_gguf.errors import ZoError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -327,6 +331,34 @@ class TestEngine:
         (found,) = engine._cached_by_pip(Venv(Path("venv")))
         assert found.name.endswith(".whl")
         assert asked[0][-1].replace("_", "-") == pinned(ENGINE).replace("==", "-").replace("_", "-")
+
+
+@pytest.mark.slow
+def test_real_sources_configure_in_the_quick_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left out is left out, and libllama's own files are compiled together."""
+    try:
+        archive = kit.find_archive(tmp_path)
+    except ZoError as error:
+        pytest.skip(str(error))
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    command = ["cmake", "-G", "Ninja", "-S", str(tmp_path / engine._file_name())]
+    command += ["-B", str(tmp_path / "build"), "-DCMAKE_BUILD_TYPE=Release"]
+    for quick in (True, False):
+        shutil.rmtree(tmp_path / "build", ignore_errors=True)
+        settings = shlex.split(engine.quick_settings()) if quick else []
+        subprocess.run([*command, *settings], check=True, capture_output=True)
+        rules = (tmp_path / "build" / "build.ninja").read_text()
+        compiled = set(re.findall(r"^build (\S+\.o):", rules, flags=re.MULTILINE))
+        assert any("ggml-cpu/ops.cpp" in name for name in compiled)
+        for part in ("common/", "mtmd.cpp"):
+            assert quick != any(part in name for name in compiled), part
+        alone = any(name.endswith("llama.dir/llama-context.cpp.o") for name in compiled)
+        assert alone == (not quick or (os.cpu_count() or 1) > 8)
 
 
 class TestRooms:
