@@ -32,7 +32,7 @@ from zo_gguf.config import (
 )
 from zo_gguf.config.option import Config, add_arguments, nearest
 from zo_gguf.errors import ZoError
-from zo_gguf.system import handling
+from zo_gguf.system import handling, sleep_at_barriers
 
 _DEBUG = "ZO_GGUF_DEBUG"
 
@@ -69,6 +69,7 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, without the program's name; returns the exit code."""
+    sleep_at_barriers()
     given = list(sys.argv[1:] if argv is None else argv)
     with _terminate_like_ctrl_c():
         try:

@@ -1,10 +1,11 @@
-"""Files that are never half written, Ctrl-C that loses nothing, and numpy on all cores."""
+"""Files that are never half written, Ctrl-C that loses nothing, and cores: all, and shared."""
 
 import hashlib
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import IO, Any, NoReturn
 
 import numpy as np
+import psutil
 
 from zo_gguf.errors import ZoError
 
@@ -261,3 +263,83 @@ def in_blocks(n: int, work: Callable[[slice], None]) -> None:
 @cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="zo-gguf")
+
+
+# ---- cores, shared with others -------------------------------------------------------------------
+
+
+# llama.cpp's threads meet at a barrier after every node of a graph. Where another program takes a
+# core, one of them comes late, and OpenMP has the others spin meanwhile, up to 3 ms with GCC and
+# 200 ms with LLVM, which keeps it from running. Here they give up after 10 us: threads of the same
+# speed are less than that apart.
+_POLICY = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+_CHOICES = ("OMP_WAIT_POLICY", *_POLICY)  # by which a user decides
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, hyper-threads included."""
+    return len(_cores())
+
+
+def sleep_at_barriers() -> None:
+    """Have OpenMP's threads sleep soon where they wait, unless the environment says how they do.
+
+    For programs of ours, before the first library with OpenMP is loaded: it reads this once.
+    """
+    if not any(name in os.environ for name in _CHOICES):
+        os.environ.update(_POLICY)
+
+
+class Neighbours:
+    """Says, once, that other programs take the cores that a run computes on.
+
+    Args:
+        n_threads: Threads of the run.
+        seconds: How long to watch before speaking; shorter bursts do no harm worth a line.
+        clock: Seconds that have passed.
+        busy: CPU seconds that all programs, and this process, have used on the usable cores.
+    """
+
+    def __init__(
+        self,
+        n_threads: int,
+        seconds: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        busy: Callable[[], tuple[float, float]] | None = None,
+    ) -> None:
+        self._n_threads, self._seconds = n_threads, seconds
+        self._clock, self._busy = clock, busy or _busy
+        self._since, self._before = clock(), self._busy()
+
+    def look(self) -> str | None:
+        """The sentence, where there is something to say now; call this after every step."""
+        now = self._clock()
+        if now - self._since < self._seconds:
+            return None
+        total, own = self._busy()
+        others = (total - self._before[0] - (own - self._before[1])) / (now - self._since)
+        self._since, self._before = now, (total, own)
+        n_cores = usable_cores()
+        if others < n_cores - self._n_threads + 0.5:
+            return None
+        self._seconds = float("inf")
+        return (
+            f"Other programs keep {others:.1f} of {n_cores} cores busy, which slows this run down; "
+            "stop them to have it faster."
+        )
+
+
+def _busy() -> tuple[float, float]:
+    own = psutil.Process().cpu_times()
+    times = psutil.cpu_times(percpu=True)
+    on_cores = [times[core] for core in _cores() if core < len(times)]
+    idle = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests count as user, too
+    busy = (sum(t) - sum(getattr(t, name, 0.0) for name in idle) for t in on_cores)
+    return sum(busy), own.user + own.system
+
+
+def _cores() -> set[int]:
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:  # not on macOS and Windows
+        return set(range(os.cpu_count() or 1))

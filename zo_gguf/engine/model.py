@@ -20,17 +20,14 @@ from zo_gguf.engine.amx import require_working_amx
 from zo_gguf.engine.batch import DecodeBatch
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import Library
-from zo_gguf.system import deferred
+from zo_gguf.system import deferred, usable_cores
 
 _ERROR = 4  # ggml_log_level
 
 
 def default_threads() -> int:
     """Physical cores that this process may use; hyper-threads do not help matrix products."""
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        usable = os.cpu_count() or 1
+    usable = usable_cores()
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 

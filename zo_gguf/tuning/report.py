@@ -17,8 +17,9 @@ from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import find_split
 from zo_gguf.engine.engine import Scores
 from zo_gguf.engine.evaluation import EvalResult
+from zo_gguf.engine.model import default_threads
 from zo_gguf.params.delta import Delta
-from zo_gguf.system import atomic_write, sha256_file
+from zo_gguf.system import Neighbours, atomic_write, sha256_file
 from zo_gguf.tuning.run import Run, State
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record
@@ -43,6 +44,7 @@ class Progress:
         self._smooth: dict[str, float] = {}
         self._last_step = self._last_line = time.monotonic()
         self._first, self._spent = step, 0.0  # seconds in steps, without validations
+        self._neighbours = Neighbours(config.threads or default_threads())
 
     def __enter__(self) -> "Progress":
         return self
@@ -85,6 +87,9 @@ class Progress:
             left = self._spent / (record.step - self._first) * (self._iters - record.step)
             shown = "  ".join(f"{name} {value}" for name, value in text.items())
             self._say(f"step {record.step}/{self._iters}  {shown}  {left / 60:.0f} min left")
+
+        if sentence := self._neighbours.look():
+            self._say(sentence)
 
     def validated(self, step: int, result: EvalResult) -> None:
         """Show a validation after `step` steps."""

@@ -33,7 +33,7 @@ from zo_gguf.libzo import load
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask
 from zo_gguf.params.sparse_file import kind_of
-from zo_gguf.system import require_file
+from zo_gguf.system import require_file, usable_cores
 from zo_gguf.tuning.run import load_options
 from zo_gguf.tuning.trajectory import MAGIC as TRAJECTORY_MAGIC
 from zo_gguf.tuning.trajectory import OLDER, Trajectory
@@ -252,7 +252,7 @@ def env(config: EnvConfig) -> Facts:
             "zo-gguf": zo_gguf.__version__,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "cores": f"{_usable_cores()} usable of {os.cpu_count()}",
+            "cores": f"{usable_cores()} usable of {os.cpu_count()}",
             "packages": {name: _version(name) for name in _PACKAGES},
             "libzo": libzo,
             "llama.cpp CPU code": amx_problem() or _cpu_code(),
@@ -268,13 +268,6 @@ def env(config: EnvConfig) -> Facts:
 def _cpu_code() -> str:
     left_out = "; code for this CPU's AMX is left out" if amx_is_left_out() else ""
     return cpu_features() + left_out
-
-
-def _usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:
