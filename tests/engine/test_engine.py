@@ -254,7 +254,7 @@ def test_nothing_stays_of_a_decode_that_was_refused(tmp_path: Path) -> None:
         engine.losses([row])
         assert engine._context.is_clean
         engine.parameters._store.add("output.weight", (3, 5), np.array([2]), np.ones(1, np.float32))
-        with pytest.raises(ZoError, match="output.weight has an unexpected shape or type"):
+        with pytest.raises(ZoError, match=r"output\.weight has an unexpected shape or type"):
             engine.losses([row])
         assert not engine._context.is_clean  # so that the next decode erases the cache
 

@@ -23,9 +23,9 @@ LINEAR = {
     "ffn_up": (FFN, WIDTH),
     "ffn_down": (WIDTH, FFN),
 }
-# How far a row's loss may move where nothing but the order of sums differs and weights are F32: values
-# of the f16 KV cache that lie between two halves are rounded the other way. Seen: up to 1.5e-4, on
-# CPUs with AVX2 and with AVX-512.
+# How far a row's loss may move where nothing but the order of sums differs and weights are F32:
+# values of the f16 KV cache that lie between two halves are rounded the other way. Seen: up to
+# 1.5e-4, on CPUs with AVX2 and with AVX-512.
 CACHE_ROUNDING = 1e-3
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 

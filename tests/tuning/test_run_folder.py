@@ -204,8 +204,8 @@ def test_the_delta_of_an_older_run_is_merged(
     with pytest.raises(ZoError, match="is not recorded; give it with -m"):
         merge(MergeConfig(**given, output=merged))
     assert merge(MergeConfig(**given, output=merged, model=base)).output.is_file()
+    own = str(older / "metrics.jsonl")
     with pytest.raises(ZoError, match="input"):
-        own = str(older / "metrics.jsonl")
         merge(MergeConfig(**given, output=own, model=base, overwrite=True))
 
 
