@@ -41,17 +41,6 @@ def test_values_are_converted_by_declared_type() -> None:
     assert tune(field="prompt=q").field == ["prompt=q"]
 
 
-def test_default_mask_lies_beside_the_model() -> None:
-    assert tune(model="dir/x.gguf", method="sensitive").mask == "dir/x.mask.safetensors"
-    assert tune(model="x.gguf", method="norm+sensitive").mask == "x.mask.safetensors"
-    assert tune(method="sensitive", mask="other").mask == "other"
-
-
-def test_default_method_follows_from_the_mask() -> None:
-    assert (tune().method, tune().mask) == ("norm", "")
-    assert (tune(mask="m").method, tune(mask="m").mask) == ("sensitive", "m")
-
-
 def test_list_defaults_are_not_shared() -> None:
     first = ExportConfig(model="m", output="o")
     first.quant.append("Q8_0")

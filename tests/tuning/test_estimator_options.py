@@ -6,18 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tuning.test_estimators import EPS, ROWS, SEEDS, Toy, config, quadratic, toy
+from tests.tuning.test_estimators import ROWS, Toy, config, quadratic, toy
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import NORMAL, RADEMACHER
-from zo_gguf.tuning.estimator import (
-    direction_seeds,
-    distribution_of,
-    estimate,
-    fzoo,
-    spsa,
-    trouble,
-)
+from zo_gguf.tuning.estimators import ESTIMATORS, estimate, estimator_of
+from zo_gguf.tuning.estimators.base import direction_seeds
 from zo_gguf.tuning.optimizer import Clip
+from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.trajectory import Direction, Record, Trajectory
 
 # ---- losses that say nothing ---------------------------------------------------------------------
@@ -30,13 +25,13 @@ def test_losses_that_no_probe_changes_are_noticed() -> None:
     def one_moves(theta: np.ndarray, row: int) -> float:
         return quadratic(theta, row) if row == 2 else rows(theta, row)
 
-    for run in (
-        lambda loss: spsa(toy(loss), ROWS, SEEDS, EPS),
-        lambda loss: fzoo(toy(loss), ROWS, SEEDS, EPS),
-    ):
-        assert "No probe" in trouble(*run(rows))
-        assert trouble(*run(one_moves)) is None
-        assert trouble(*run(lambda theta, _: 0.0)) is None  # all learned
+    for name in ESTIMATORS:
+        found = [
+            estimate(toy(loss), ROWS, config(estimator=name), 0).trouble()
+            for loss in (rows, one_moves, lambda theta, _: 0.0)  # the last: all learned
+        ]
+        assert "No probe" in str(found[0])
+        assert found[1:] == [None, None]
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -60,14 +55,14 @@ OPTIONS: list[tuple[dict[str, Any], int, int]] = [  # options, directions, forwa
 @pytest.mark.parametrize(("options", "directions", "forwards"), OPTIONS)
 def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: int) -> None:
     given = config(**options)
-    assert (given.directions, given.forwards_per_step) == (directions, forwards)
+    assert settle(given).directions == directions
+    assert estimator_of(given).n_probes == forwards
     engine: Any = Toy(quadratic)
-    measured, scores = estimate(engine, ROWS, given, 7)
-    assert len(measured) == directions
-    assert engine.n_probes == len(scores.losses) == forwards
-    assert {d.seed for d in measured} <= set(direction_seeds(given.seed, 7, directions))
-    assert measured == estimate(engine, ROWS, given, 7)[0]
-    assert measured != estimate(engine, ROWS, given, 8)[0]
+    found = estimate(engine, ROWS, given, 7)
+    assert [d.seed for d in found.directions] == direction_seeds(given.seed, 7, directions)
+    assert engine.n_probes == len(found.scores.losses) == forwards
+    assert found.directions == estimate(engine, ROWS, given, 7).directions
+    assert found.directions != estimate(engine, ROWS, given, 8).directions
 
 
 @pytest.mark.parametrize(
@@ -76,9 +71,10 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
         ({"estimator": "fzoo", "directions": 1}, "fzoo divides by the deviation"),
         ({"estimator": "fzoo", "damping": 2.0}, "--damping is for --estimator natural, not fzoo"),
         ({"estimator": "spsa", "damping": 2.0}, "--damping is for --estimator natural, not spsa"),
-        ({"estimator": "adam"}, "estimator must be 'spsa' or 'natural' or 'fzoo'"),
-        ({"estimator": "spsa", "sides": 1}, "spsa probes 2 side"),
-        ({"estimator": "fzoo", "sides": 2}, "fzoo probes 1 side"),
+        ({"estimator": "natrual"}, "no estimator 'natrual'; did you mean 'natural'"),
+        ({"estimator": "adam"}, "Known: natural, spsa, fzoo"),
+        ({"estimator": "spsa", "sides": 1}, "--sides is for --estimator natural, not spsa"),
+        ({"estimator": "fzoo", "sides": 2}, "--sides is for --estimator natural, not fzoo"),
         ({"sides": 3}, "sides must be less than 3"),
         ({"directions": 0}, "directions must be at least 1"),
         ({"clip": 0}, "clip must be greater than 0"),
@@ -87,11 +83,11 @@ def test_forwards_per_step(options: dict[str, Any], directions: int, forwards: i
 )
 def test_bad_combinations_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ZoError, match=message):
-        config(**options)
+        settle(config(**options))
 
 
 def test_what_z_is_drawn_from() -> None:
-    kinds = {n: distribution_of(config(estimator=n)) for n in ("spsa", "natural", "fzoo")}
+    kinds = {name: estimator.distribution for name, estimator in ESTIMATORS.items()}
     assert kinds == {"spsa": NORMAL, "natural": NORMAL, "fzoo": RADEMACHER}
 
 

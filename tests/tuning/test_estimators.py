@@ -14,15 +14,11 @@ from zo_gguf.config import TuneConfig
 from zo_gguf.engine.engine import Probe, Scores
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import NORMAL, RADEMACHER
-from zo_gguf.tuning.estimator import (
-    distribution_of,
-    estimate,
-    fzoo,
-    spsa,
-    trouble,
-    unit_size,
-)
-from zo_gguf.tuning.optimizer import gradient_estimate
+from zo_gguf.tuning.calibrate import unit_size
+from zo_gguf.tuning.estimators import ESTIMATORS, estimate, estimator_of
+from zo_gguf.tuning.estimators.base import Estimate
+from zo_gguf.tuning.estimators.fzoo import Fzoo
+from zo_gguf.tuning.estimators.spsa import Spsa
 from zo_gguf.tuning.trajectory import Direction
 
 N = 192
@@ -83,6 +79,7 @@ def toy(loss: Loss, distribution: int = NORMAL) -> Any:
 
 
 ROWS: Any = range(5)
+FIRST: Any = [0]
 SEEDS = [3, 2**64 - 1, 17, 40]
 
 
@@ -95,47 +92,43 @@ def config(**options: Any) -> TuneConfig:
 
 def test_spsa() -> None:
     engine = toy(quadratic)
-    directions, scores = spsa(engine, ROWS, SEEDS, EPS)
-    assert [d.seed for d in directions] == SEEDS
-    for d in directions:
+    measured = Spsa().estimate(engine, ROWS, SEEDS, EPS)
+    assert [d.seed for d in measured.directions] == SEEDS
+    for d in measured.directions:
         plus, minus = (mean_loss(engine, Probe(d.seed, side * EPS), ROWS) for side in (1, -1))
         assert (d.loss_plus, d.loss_minus) == (pytest.approx(plus), pytest.approx(minus))
         assert d.projected_grad == pytest.approx((plus - minus) / (2 * EPS), rel=1e-6)
-    assert scores.losses.shape == (2 * len(SEEDS), len(ROWS))
-    assert engine.n_probes == len(scores.losses)
+    assert measured.scores.losses.shape == (2 * len(SEEDS), len(ROWS))
+    assert engine.n_probes == len(measured.scores.losses)
 
 
 def test_fzoo() -> None:
     engine = toy(quadratic, RADEMACHER)
-    directions, scores = fzoo(engine, ROWS, SEEDS, EPS)
+    measured = Fzoo().estimate(engine, ROWS, SEEDS, EPS)
     here = mean_loss(engine, Probe(0, 0.0), ROWS)
     losses = np.array([mean_loss(engine, Probe(seed, EPS), ROWS) for seed in SEEDS])
     spread = np.sqrt(np.mean((losses - losses.mean()) ** 2))  # the biased one, as in its code
-    for d, seed, loss in zip(directions, SEEDS, losses, strict=True):
+    for d, seed, loss in zip(measured.directions, SEEDS, losses, strict=True):
         assert d.seed == seed
         assert (d.loss_plus, d.loss_minus) == (pytest.approx(loss), pytest.approx(here))
         assert d.projected_grad == pytest.approx((loss - here) / spread, rel=1e-6)
-    assert scores.losses.shape == (len(SEEDS) + 1, len(ROWS))
+    assert measured.scores.losses.shape == (len(SEEDS) + 1, len(ROWS))
 
 
 def test_normalized_slopes_do_not_depend_on_the_loss_scale() -> None:
     def larger(theta: np.ndarray, example: int) -> float:
         return 1000 * quadratic(theta, example)
 
-    small, large = (
-        [d.projected_grad for d in fzoo(toy(loss, RADEMACHER), ROWS, SEEDS, EPS)[0]]
-        for loss in (quadratic, larger)
-    )
+    runs = [Fzoo().estimate(toy(loss), ROWS, SEEDS, EPS) for loss in (quadratic, larger)]
+    small, large = ([d.projected_grad for d in run.directions] for run in runs)
     np.testing.assert_allclose(small, large, rtol=1e-6)
 
 
 def test_equal_losses_give_no_step() -> None:
-    for directions, scores in (
-        spsa(toy(lambda theta, _: 2.0), ROWS, SEEDS, EPS),
-        fzoo(toy(lambda theta, _: 2.0), ROWS, SEEDS, EPS),
-    ):
-        assert [d.projected_grad for d in directions] == [0.0] * len(directions)
-        assert trouble(directions, scores) == "No probe changes the loss of any row"
+    for name in ESTIMATORS:
+        measured = estimate(toy(lambda theta, _: 2.0), ROWS, config(estimator=name), 0)
+        assert [d.projected_grad for d in measured.directions] == [0.0] * len(measured.directions)
+        assert measured.trouble() == "No probe changes the loss of any row"
 
 
 def test_probes_that_all_move_the_loss_equally_give_no_step() -> None:
@@ -143,21 +136,23 @@ def test_probes_that_all_move_the_loss_equally_give_no_step() -> None:
         return 1.0 if (theta == engine.theta).all() else 1.5
 
     engine = toy(ditch)
-    directions, _ = fzoo(engine, ROWS, SEEDS, EPS)
+    directions = Fzoo().estimate(engine, ROWS, SEEDS, EPS).directions
     assert [d.loss_plus - d.loss_minus for d in directions] == [0.5] * len(directions)
     assert [d.projected_grad for d in directions] == [0.0] * len(directions)
 
 
 def test_losses_that_are_not_finite_are_noticed() -> None:
-    directions, scores = spsa(toy(quadratic), ROWS, SEEDS, EPS)
-    assert trouble(directions, scores) is None
+    measured = Spsa().estimate(toy(quadratic), ROWS, SEEDS, EPS)
+    assert measured.trouble() is None
     for value in (np.nan, np.inf):
         with np.errstate(invalid="ignore"):
-            broken = spsa(toy(lambda theta, _, v=value: v), ROWS, SEEDS, EPS)
-        assert "not finite" in trouble(*broken)
+            broken = Spsa().estimate(toy(lambda theta, _, v=value: v), ROWS, SEEDS, EPS)
+        assert "not finite" in str(broken.trouble())
     for d in (Direction(1, np.nan, 0, 0), Direction(1, 0, np.inf, 0)):
-        assert "not finite" in trouble([*directions, d], scores)
-    assert "not finite" in trouble([Direction(1, 1, 1, -np.inf)], scores)
+        broken = Estimate((*measured.directions, d), measured.scores)
+        assert "not finite" in str(broken.trouble())
+    broken = Estimate((Direction(1, 1, 1, -np.inf),), measured.scores)
+    assert "not finite" in str(broken.trouble())
 
 
 # ---- what the estimates are estimates of ---------------------------------------------------------
@@ -166,8 +161,7 @@ def test_losses_that_are_not_finite_are_noticed() -> None:
 def test_spsa_is_an_unbiased_estimate_of_the_gradient() -> None:
     n = 4000
     engine = toy(linear)
-    directions, _ = spsa(engine, [0], range(n), EPS)  # type: ignore[arg-type]
-    total = gradient_estimate(directions, engine.noise)
+    total = Spsa().estimate(engine, FIRST, range(n), EPS).gradient(engine.noise)
     # An entry of g z has the variance |gradient|^2 (1 + its share of it).
     error = np.linalg.norm(total - GRADIENT) / np.linalg.norm(GRADIENT)
     assert error == pytest.approx(np.sqrt((N + 1) / n), rel=0.3)
@@ -180,22 +174,20 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def test_fzoo_goes_along_the_gradient_with_steps_of_length_one() -> None:
     n = 4000
     engine = toy(linear, RADEMACHER)
-    directions, _ = fzoo(engine, [0], range(n), EPS)  # type: ignore[arg-type]
-    total = gradient_estimate(directions, engine.noise)
+    total = Fzoo().estimate(engine, FIRST, range(n), EPS).gradient(engine.noise)
     assert cosine(total, GRADIENT) == pytest.approx(1 / np.sqrt(1 + N / n), abs=0.005)
     assert np.linalg.norm(total) == pytest.approx(np.sqrt(1 + N / n), rel=0.05)
 
 
-@pytest.mark.parametrize("estimator", ["spsa", "natural", "fzoo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_unit_size_is_that_of_an_entry_of_the_estimate(estimator: str) -> None:
     options = config(estimator=estimator, directions=16, examples_per_step=16)
     squares = []
-    engine = toy(quadratic, distribution_of(options))
+    engine = toy(quadratic, estimator_of(options).distribution)
     engine.loss = lambda theta, example: quadratic(theta, example % len(_COEFFICIENTS))
     draw: Any = lambda step: range(16 * step, 16 * step + 16)  # noqa: E731
     for step in range(60):
-        directions, _ = estimate(engine, draw(step), options, step)
-        squares.append(gradient_estimate(directions, engine.noise) ** 2)
+        squares.append(estimate(engine, draw(step), options, step).gradient(engine.noise) ** 2)
     measured = unit_size(engine, draw, options)
     assert np.sqrt(np.mean(squares)) == pytest.approx(measured, rel=0.35)
 

@@ -94,12 +94,12 @@ def test_matrices_of_zeros_are_left_out(tmp_path: Path) -> None:
 def test_masters_of_scales_stop_where_their_scales_do(tmp_path: Path) -> None:
     trainable = Trainable(config(tmp_path, "block-scale"))
     state = first_state(trainable, "sgd")
-    state.apply(record(1, 1.0, 5.0), trainable)  # far beyond
+    state.replay(record(1, 1.0, 5.0), trainable)  # far beyond
     assert state.theta.min() == np.float32(LEAST)
     at_rest = state.theta == np.float32(LEAST)
     assert 0.2 < at_rest.mean() < 0.7
     before = state.theta.copy()
-    state.apply(record(2, 1.0, 1e-3), trainable)
+    state.replay(record(2, 1.0, 1e-3), trainable)
     moved = at_rest & (state.theta > before)  # none has a debt to pay back first
     assert 0.3 < moved.sum() / at_rest.sum() < 0.7
 
@@ -118,7 +118,7 @@ def test_adam_begins_anew_with_every_subspace(tmp_path: Path) -> None:
     assert isinstance(state.optimizer, Adam)
     counts = []
     for step in range(1, 7):
-        state.apply(record(step, 1.0, 1e-3), trainable)
+        state.replay(record(step, 1.0, 1e-3), trainable)
         counts.append(round(math.log(state.optimizer.state["decay"][0], Adam.beta1)))
     assert counts == [1, 2, 1, 2, 1, 2]
     windows = state.theta.reshape(-1, 3, 16)  # every window took steps of the same size
@@ -133,7 +133,7 @@ def test_a_new_subspace_leaves_the_moments_of_others(tmp_path: Path) -> None:
     n = apart.theta.size
     for step in range(1, 7):
         for state, trainable in ((together, both), (apart, alone)):
-            state.apply(record(step, 1.0, 1e-3), trainable)
+            state.replay(record(step, 1.0, 1e-3), trainable)
         np.testing.assert_array_equal(together.theta[:n], apart.theta)
         for name, value in apart.optimizer.state.items():
             np.testing.assert_array_equal(together.optimizer.state[f"first.{name}"], value)
@@ -164,25 +164,6 @@ def test_weights_beside_scales_go_by_the_unit_of_both(tmp_path: Path) -> None:
     assert trainable.farthest == pytest.approx(min(limits) / 2)
     trainable.set_units({"scale": 8.0})
     assert trainable.farthest == pytest.approx(min(limits) / 16)
-
-
-@pytest.mark.parametrize(
-    ("method", "option", "value"),
-    [
-        ("norm", "rank", 64),
-        ("lora", "refresh", 5),
-        ("norm", "density", 0.5),
-        ("dense", "absolute", True),
-        ("sensitive", "train", "blk.0"),
-        ("norm", "damping", 7.0),
-    ],
-)
-def test_options_that_nothing_reads_are_refused(method: str, option: str, value: Any) -> None:
-    given = {"model": "m.gguf", "data": "d", "output": "o", "method": method, option: value}
-    with pytest.raises(ZoError, match=rf"^--{option} is for .*leave it out"):
-        TuneConfig(**given, estimator="spsa")
-    if option != "damping":
-        TuneConfig(**given | {"method": f"{method}+magnitude+block-scale+subspace"})
 
 
 def test_a_trained_lora_is_exact_at_any_rank(tmp_path: Path) -> None:

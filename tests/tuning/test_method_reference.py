@@ -36,7 +36,7 @@ from zo_gguf.engine.parameters import Parameters
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import RADEMACHER
 from zo_gguf.params.delta import Delta
-from zo_gguf.tuning.estimator import distribution_of
+from zo_gguf.tuning.estimators import estimator_of
 from zo_gguf.tuning.methods import start
 from zo_gguf.tuning.trajectory import Trajectory
 
@@ -154,7 +154,7 @@ def test_run_against_float64(case: Case, bases: dict[str, Base], tmp_path: Path)
         if name not in delta.tensors:  # these start at their residuals
             torch.testing.assert_close(weight, base.own.base[name], atol=1e-9, rtol=1e-6)
     free = delta.edits | {name: replace(live, limit=np.inf) for name, live in delta.live.items()}
-    free, distribution = replace(delta, edits=free), distribution_of(config)
+    free, distribution = replace(delta, edits=free), estimator_of(config).distribution
     z_of = Parameters(native_library(), free, file, 1, distribution)
     seeds, errors, losses = set(), [], []
     for record in Trajectory.load(tmp_path / "run" / "trajectory.bin").records():

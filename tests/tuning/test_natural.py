@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.tuning.test_estimators import EPS as EPS_OF_TOYS
 from tests.tuning.test_estimators import config, linear, quadratic, toy
 from zo_gguf.engine.engine import Probe, Scores
-from zo_gguf.tuning.estimator import estimate, natural, spsa, trouble
-from zo_gguf.tuning.natural import natural_slopes, slopes_and_fisher
-from zo_gguf.tuning.optimizer import gradient_estimate
+from zo_gguf.tuning.estimators import estimate
+from zo_gguf.tuning.estimators.natural import Natural, natural_slopes, slopes_and_fisher
+from zo_gguf.tuning.estimators.spsa import Spsa
 
 N_WEIGHTS, N_CHOICES = 40, 3
 EPS = 1e-4
@@ -145,8 +146,9 @@ def test_an_answer_that_is_rounded_to_certainty_has_no_response(one_sided: bool)
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_the_step_is_that_of_the_whole_space_where_the_directions_span_it(one_sided: bool) -> None:
     model, rows = engine(), range(300)
-    directions, _ = natural(model, rows, range(N_WEIGHTS), EPS, 1e-9, one_sided=one_sided)
-    step = N_WEIGHTS * gradient_estimate(directions, model.noise)
+    estimator = Natural(damping=1e-9, sides=1 if one_sided else 2)
+    measured = estimator.estimate(model, rows, range(N_WEIGHTS), EPS)
+    step = N_WEIGHTS * measured.gradient(model.noise)
     gradient = model.gradients(model.theta, rows).mean(axis=0)
     expected = np.linalg.solve(model.fisher(model.theta, rows), gradient)
     np.testing.assert_allclose(step, expected, atol=2e-3 * np.abs(expected).max())
@@ -154,8 +156,8 @@ def test_the_step_is_that_of_the_whole_space_where_the_directions_span_it(one_si
 
 def test_much_damping_leaves_the_plain_slopes() -> None:
     model, rows, seeds = engine(), range(8), [7, 8, 9]
-    damped, _ = natural(model, rows, seeds, EPS, 1e6)
-    plain, _ = spsa(model, rows, seeds, EPS)
+    damped = Natural(damping=1e6).estimate(model, rows, seeds, EPS).directions
+    plain = Spsa().estimate(model, rows, seeds, EPS).directions
     ratios = [a.projected_grad / b.projected_grad for a, b in zip(damped, plain, strict=True)]
     assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-4)
     assert [(d.seed, d.loss_plus, d.loss_minus) for d in damped] == [
@@ -174,31 +176,25 @@ def test_the_size_of_the_loss() -> None:
 
 def test_slopes_of_zero_give_no_step() -> None:
     rows: Any = range(4)
-    directions, _ = natural(toy(lambda theta, _: 2.0), rows, [1, 2], 1e-2, 0.1)
-    assert [d.projected_grad for d in directions] == [0.0, 0.0]
+    measured = Natural().estimate(toy(lambda theta, _: 2.0), rows, [1, 2], 1e-2)
+    assert [d.projected_grad for d in measured.directions] == [0.0, 0.0]
 
 
 def test_losses_that_are_not_finite_are_passed_on() -> None:
     rows: Any = range(4)
     for value in (np.nan, np.inf):
         with np.errstate(invalid="ignore"):
-            broken = natural(toy(lambda theta, _, v=value: v), rows, [1, 2], 1e-2, 0.1)
-        assert "not finite" in trouble(*broken)
+            broken = Natural().estimate(toy(lambda theta, _, v=value: v), rows, [1, 2], 1e-2)
+        assert "not finite" in (broken.trouble() or "")
 
 
 def test_rows_without_choices_are_enough() -> None:
     rows: Any = range(5)
     given = config(estimator="natural", directions=4, sides=2)
-    directions, _ = estimate(toy(quadratic), rows, given, 0)
-    by_row = np.array(
-        [
-            [
-                d.projected_grad
-                for d in spsa(toy(quadratic), [row], [d.seed for d in directions], given.eps)[0]
-            ]
-            for row in rows
-        ]
-    ).T  # (n_directions, n_rows)
+    directions = estimate(toy(quadratic), rows, given, 0).directions
+    seeds = [d.seed for d in directions]
+    of_rows = [Spsa().estimate(toy(quadratic), [row], seeds, EPS_OF_TOYS) for row in rows]
+    by_row = np.array([[d.projected_grad for d in row.directions] for row in of_rows]).T
     information = by_row @ by_row.T / 5
     damped = information + np.trace(information) / 4 * np.eye(4)
     expected = np.linalg.solve(damped, by_row.mean(axis=1))
@@ -209,7 +205,7 @@ def test_the_step_goes_down() -> None:
     rows: Any = range(4)
     for step in range(20):
         given = config(estimator="natural", directions=8, damping=0.3)
-        directions, _ = estimate(toy(linear), rows, given, step)
+        directions = estimate(toy(linear), rows, given, step).directions
         slopes = [d.loss_plus - d.loss_minus for d in directions]
         assert np.dot(slopes, [d.projected_grad for d in directions]) > 0
 
@@ -222,8 +218,8 @@ def learn(estimator: str, rate: float, n_forwards: int = 4000) -> float:
     rng = np.random.default_rng(0)
     for step in range(n_forwards // (8 * 4)):
         rows = rng.choice(len(model.targets), 4, replace=False)
-        directions, _ = estimate(model, rows, given, step)
-        model.theta = model.theta - rate * gradient_estimate(directions, model.noise)
+        gradient = estimate(model, rows, given, step).gradient(model.noise)
+        model.theta = model.theta - rate * gradient
     return float(model.losses(model.theta, range(len(model.targets))).mean())
 
 

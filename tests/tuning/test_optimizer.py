@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.tuning.estimator import direction_seeds
+from zo_gguf.system import in_blocks
+from zo_gguf.tuning.estimators.base import direction_seeds, mean_of_directions
 from zo_gguf.tuning.optimizer import (
     OPTIMIZERS,
     default_learning_rate,
-    gradient_estimate,
     learning_rate,
 )
 from zo_gguf.tuning.trajectory import Direction
@@ -68,21 +68,31 @@ def test_estimates_are_means_in_any_blocks(block: int, monkeypatch: pytest.Monke
     z = dict(enumerate(gradients(3)))
     directions = [Direction(seed, 1.0, 0.5, 0.3 - seed) for seed in z]
     monkeypatch.setattr("zo_gguf.system._BLOCK", block)
-    found = gradient_estimate(directions, z.__getitem__)
+    found = mean_of_directions(directions, z.__getitem__)
     mean = sum(d.projected_grad * z[d.seed].astype(np.float64) for d in directions) / len(z)
     np.testing.assert_allclose(found, mean, atol=1e-6)
     monkeypatch.undo()
-    assert found.tobytes() == gradient_estimate(directions, z.__getitem__).tobytes()
+    assert found.tobytes() == mean_of_directions(directions, z.__getitem__).tobytes()
 
 
 def test_threads_have_the_callers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zo_gguf.system._BLOCK", 7)
+    large, product = np.full(N, 3e38, np.float32), np.empty(N, np.float32)
+
+    def square(part: slice) -> None:
+        np.multiply(large[part], large[part], out=product[part])
+
+    with np.errstate(over="ignore"):
+        in_blocks(N, square)
+    assert np.isinf(product).all()
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        in_blocks(N, square)
+
+
+def test_estimates_that_are_not_finite_warn_nobody() -> None:  # their theta is refused
     directions = [Direction(seed, 1.0, 0.5, 3e38) for seed in (1, 2)]
     large = np.full(N, 3e38, np.float32)
-    with np.errstate(over="ignore"):
-        assert np.isinf(gradient_estimate(directions, lambda *_: large)).all()
-    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
-        gradient_estimate(directions, lambda *_: large)
+    assert np.isinf(mean_of_directions(directions, lambda _: large)).all()
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
@@ -103,7 +113,7 @@ def test_state_is_all_that_a_restart_needs(name: str) -> None:
 def test_gradient_estimate_is_the_mean_over_directions() -> None:
     noise = {1: np.arange(4, dtype=np.float32), 2: np.ones(4, np.float32)}
     directions = [Direction(1, 0, 0, 3.0), Direction(2, 0, 0, -1.0)]
-    estimate = gradient_estimate(directions, noise.__getitem__)
+    estimate = mean_of_directions(directions, noise.__getitem__)
     np.testing.assert_allclose(estimate, (3 * noise[1] - noise[2]) / 2)
 
 

@@ -121,7 +121,7 @@ def test_what_tune_refuses_is_refused(
 ) -> None:
     given = dataclasses.replace(config(tiny_export, task_dir, tmp_path / "run"), method="norm")
     for verb in (plan, tune):
-        with pytest.raises(ZoError, match="norm reads no mask"):
+        with pytest.raises(ZoError, match="--mask is for --method sensitive, not norm"):
             verb(given)
 
 

@@ -238,7 +238,10 @@ class TestBadInput:
             ({"model": "nowhere.gguf"}, r"nowhere\.gguf"),
             ({"mask": "nowhere.safetensors"}, r"nowhere\.safetensors"),
             ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl"),
-            ({"method": "norm", "mask": "m"}, "--method norm reads no mask; leave --mask out"),
+            (
+                {"method": "norm", "mask": "m"},
+                "--mask is for --method sensitive, not norm; leave it out",
+            ),
         ],
     )
     def test_options(

@@ -27,8 +27,8 @@ from zo_gguf.engine.engine import Engine, Probe
 from zo_gguf.engine.model import default_threads, engine_batch, load_model, quiet_engine
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.mask import Mask, MaskHeader
-from zo_gguf.tuning.optimizer import Adam, gradient_estimate
-from zo_gguf.tuning.trajectory import Direction
+from zo_gguf.tuning.estimators.spsa import Spsa
+from zo_gguf.tuning.optimizer import Adam
 
 SHAPE = Shape(layers=8, width=2048, heads=16, ffn=5632)
 
@@ -127,10 +127,8 @@ def bench(path: Path, kind: str, rounds: int, n_threads: int) -> None:
     optimizer, theta = Adam(engine.nnz), engine.theta()
 
     def step(number: int) -> None:
-        losses = engine.losses(examples, [Probe(number, 1e-3), Probe(number, -1e-3)]).mean(axis=1)
-        slope = float(losses[0] - losses[1]) / 2e-3
-        direction = Direction(number, float(losses[0]), float(losses[1]), slope)
-        optimizer.update(theta, gradient_estimate([direction], engine.parameters.noise), 1e-4)
+        measured = Spsa().estimate(engine, examples, [number], 1e-3)
+        optimizer.update(theta, measured.gradient(engine.parameters.noise), 1e-4)
         engine.set_theta(theta)
 
     step(0)

@@ -23,9 +23,9 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import default_threads
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.tuning.estimator import estimate
+from zo_gguf.tuning.estimators import estimate, estimator_of
 from zo_gguf.tuning.methods import METHODS, start
-from zo_gguf.tuning.optimizer import Adam, gradient_estimate
+from zo_gguf.tuning.optimizer import Adam
 
 LINES = [
     *((method, "hook", "spsa") for method in METHODS),
@@ -56,12 +56,12 @@ def bench(model: Path, mask: Path, line: tuple[str, str, str], rounds: int, n_th
         theta, optimizer = engine.theta(), Adam(engine.nnz)
 
         def step(number: int) -> None:
-            directions, _ = estimate(engine, examples, config, number)
-            optimizer.update(theta, gradient_estimate(directions, engine.parameters.noise), 1e-6)
+            measured = estimate(engine, examples, config, number)
+            optimizer.update(theta, measured.gradient(engine.parameters.noise), 1e-6)
             engine.set_theta(theta)
 
         def forwards() -> None:
-            for _ in range(config.forwards_per_step):
+            for _ in range(estimator_of(config).n_probes):
                 plain.forward()
 
         step(0)

@@ -21,8 +21,8 @@ from tools.compare.plot import Outcome, SeedRun
 from zo_gguf.config import MASK_SUFFIX, TuneConfig
 from zo_gguf.errors import ZoError
 from zo_gguf.system import atomic_write
-from zo_gguf.tuning.methods import check_method
-from zo_gguf.tuning.optimizer import check_optimizer
+from zo_gguf.tuning.estimators import estimator_of
+from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.run import Run
 from zo_gguf.tuning.trajectory import Trajectory
 
@@ -63,8 +63,9 @@ def tokens_per_step(task: Task, options: dict[str, Any]) -> float:
     For soft targets each row is read as well, once if no row comes twice.
     """
     config = TuneConfig(**options, output="run")
-    forwards = config.forwards_per_step + (config.targets == "soft")
-    return task.row_tokens * config.n_rows * forwards
+    estimator = estimator_of(config)
+    forwards = estimator.n_probes + (config.targets == "soft")
+    return task.row_tokens * estimator.examples_per_step * forwards
 
 
 # --- one command line ----------------------------------------------------------------------------
@@ -130,8 +131,7 @@ def base_options(task: Task, entry: Entry, quant: str) -> dict[str, Any]:
     if unknown:
         raise Failed(f"not available: this version has no option {', '.join(unknown)}.")
     try:
-        check_method(TuneConfig(**options, output="run").method)
-        check_optimizer(entry.optimizer)
+        settle(TuneConfig(**options, output="run"))
     except ZoError as error:
         raise Failed(f"not available: {error}") from error
     return options

@@ -124,7 +124,6 @@ def step(job: Job) -> Result:
 def batch(job: Job) -> Result:
     """Seconds of two probes in one decode and in two, and what the planner would choose."""
     from tools.bench.hook import make_examples
-    from zo_gguf.config import TuneConfig
     from zo_gguf.engine.engine import Probe
     from zo_gguf.tuning.calibrate import choose_width
 
@@ -142,11 +141,7 @@ def batch(job: Job) -> Result:
             took = _seconds(engine.losses, examples, probes)
             if attempt:
                 seconds[width].append(took)
-    config = TuneConfig(
-        model=job["model"], mask="none", data="none", output="none", estimator="spsa",
-        examples_per_step=job["examples"],
-    )  # fmt: skip
-    chosen = next(iter(choose_width(engine, examples, config)))
+    chosen = next(iter(choose_width(engine, examples, len(probes))))
     medians = {str(width): float(np.median(times)) for width, times in seconds.items()}
     within = medians[str(chosen)] <= 1.05 * min(medians.values())
     found = {"path": engine.path, "seconds": medians, "chosen": chosen, "within": within}
@@ -176,9 +171,9 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     """An engine with something to train, and a function that makes an spsa step with adam."""
     from tools.bench.hook import make_examples
     from tools.gpu.model import open_random
-    from zo_gguf.engine.engine import Engine, Probe
-    from zo_gguf.tuning.optimizer import Adam, gradient_estimate
-    from zo_gguf.tuning.trajectory import Direction
+    from zo_gguf.engine.engine import Engine
+    from zo_gguf.tuning.estimators.spsa import Spsa
+    from zo_gguf.tuning.optimizer import Adam
 
     file = open_random(Path(job["model"]))
     width = job.get("probes_per_decode", 1)
@@ -192,11 +187,8 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     optimizer, theta = Adam(engine.nnz), engine.theta()
 
     def make_step(number: int) -> None:
-        eps = 1e-3
-        up, down = engine.losses(examples, [Probe(number, eps), Probe(number, -eps)]).mean(axis=1)
-        slope = float(up - down) / (2 * eps)
-        direction = Direction(number, float(up), float(down), slope)
-        optimizer.update(theta, gradient_estimate([direction], engine.parameters.noise), _LR)
+        measured = Spsa().estimate(engine, examples, [number], 1e-3)
+        optimizer.update(theta, measured.gradient(engine.parameters.noise), _LR)
         engine.set_theta(theta)
 
     return engine, make_step

@@ -242,7 +242,8 @@ def refuse_unread(
     for name, known in readers.items():
         if getattr(config, name) != defaults[name] and not set(known) & set(chosen):
             raise ZoError(
-                f"--{name} is for --{what} {' or '.join(known)}, not {'+'.join(chosen)}; "
+                f"--{name.replace('_', '-')} is for --{what} {' or '.join(known)}, "
+                f"not {'+'.join(chosen)}; "
                 "leave it out."
             )
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zo_gguf.config.option import Config, option, parse_fields, refuse_unread
+from zo_gguf.config.option import Config, option, parse_fields
 from zo_gguf.errors import ZoError
 
 MAX_DIRECTIONS = 1 << 16  # of a step
@@ -15,16 +15,6 @@ GPU = "layers kept on the GPU; -1 means all"
 OVERWRITE = "replace an output that is already there"
 JSON = "print one JSON object on stdout"
 MASK_SUFFIX = ".mask.safetensors"
-# Options that only some methods or estimators know.
-_OF_METHODS = {
-    "rank": ("subspace", "lora"),
-    "refresh": ("subspace",),
-    "density": ("magnitude",),
-    "absolute": ("block-scale",),
-    "train": ("magnitude", "block-scale", "subspace", "lora", "dense", "norm"),
-}
-_OF_ESTIMATORS = {"damping": ("natural",)}
-SHORT_RUN = 750  # steps of `natural` up to which half the forward passes outweigh less noise
 
 
 def threads_option() -> Any:
@@ -102,17 +92,20 @@ class TuneConfig(RowsConfig):
         default="",
         metavar="NAME",
     )
-    estimator: Literal["spsa", "natural", "fzoo"] = option(
-        help="how losses become a gradient estimate: probes on both sides of theta (spsa), probes "
-        "combined to the natural gradient of their span (natural), or probes on one side (fzoo)",
+    estimator: str = option(
+        help="how losses become a gradient estimate: natural (4 rows, 16 directions a step), spsa "
+        "(16 rows, 1 direction) or fzoo (16 rows, 8 directions)",
         default="natural",
+        metavar="NAME",
     )
     optimizer: str = option(
-        help="how a gradient estimate becomes an update", default="adam", metavar="NAME"
+        help="how a gradient estimate becomes an update: adam, momentum or sgd",
+        default="adam",
+        metavar="NAME",
     )
     iters: int = option(help="steps", default=500, low=1, below=10**9)
     examples_per_step: int | None = option(
-        help="rows per step (default: 16; natural: 4)", default=None, low=1, below=_MANY
+        help="rows per step (default: the estimator's)", default=None, low=1, below=_MANY
     )
     balance: bool = option(
         help="spread rows with equal answers evenly over an epoch, instead of shuffling alone",
@@ -132,7 +125,7 @@ class TuneConfig(RowsConfig):
         below=1e6,
     )
     directions: int | None = option(
-        help="random directions a step (default: 1; natural: 16; fzoo: 8)",
+        help="random directions a step (default: the estimator's)",
         default=None,
         low=1,
         below=_MANY,
@@ -147,14 +140,14 @@ class TuneConfig(RowsConfig):
     )
     sides: int | None = option(
         help="natural: sides of theta that are probed; 1 takes half the forward passes, 2 see less "
-        f"noise (default: 1 up to {SHORT_RUN} steps, then 2); the other estimators have no choice",
+        "noise (default: 1 in short runs, else 2)",
         default=None,
         low=1,
         below=3,
     )
-    damping: float = option(
-        help="natural: added to the Fisher matrix, as a share of its mean diagonal",
-        default=1.0,
+    damping: float | None = option(
+        help="natural: added to the Fisher matrix, as a share of its mean diagonal (default: 1)",
+        default=None,
         above=0,
     )
     path: Literal["auto", "hook", "adapter"] = option(
@@ -217,9 +210,8 @@ class TuneConfig(RowsConfig):
     json: bool = option(help=JSON, default=False)
 
     def check(self) -> None:
-        """Checks the options that depend on each other; fills in those that follow from others."""
+        """Checks what needs no method or estimator; `settle` in tuning/options.py does the rest."""
         super().check()
-        self._fill_in_method()
         try:
             re.compile(self.train or "")
         except re.error as error:
@@ -228,51 +220,3 @@ class TuneConfig(RowsConfig):
         if self.probes_per_decode is None:
             width = "auto" if self.n_gpu_layers != 0 else 1
             object.__setattr__(self, "probes_per_decode", width)
-        if self.examples_per_step is None:
-            object.__setattr__(self, "examples_per_step", 4 if self.estimator == "natural" else 16)
-        refuse_unread(self, _OF_METHODS, self.method.split("+"), "method")
-        refuse_unread(self, _OF_ESTIMATORS, [self.estimator], "estimator")
-        given_sides = self.sides
-        of_natural = given_sides or (1 if self.iters <= SHORT_RUN else 2)
-        sides = {"fzoo": 1, "natural": of_natural}.get(self.estimator, 2)
-        if given_sides not in (None, sides):
-            raise ZoError(f"{self.estimator} probes {sides} side(s); leave --sides out.")
-        object.__setattr__(self, "sides", sides)
-        if self.directions is None:
-            default = {"spsa": 1, "natural": 16, "fzoo": 8}[self.estimator]
-            object.__setattr__(self, "directions", default)
-        if self.estimator == "fzoo" and self.directions == 1:
-            raise ZoError("fzoo divides by the deviation of several losses; raise --directions.")
-
-    def _fill_in_method(self) -> None:
-        if not self.method:
-            object.__setattr__(self, "method", "sensitive" if self.mask else "norm")
-        if self.reads_mask and not self.mask:
-            object.__setattr__(self, "mask", self.model.removesuffix(".gguf") + MASK_SUFFIX)
-
-    @property
-    def reads_mask(self) -> bool:
-        """Whether the method trains the entries of a mask."""
-        return "sensitive" in self.method.split("+")
-
-    @property
-    def n_rows(self) -> int:
-        """Rows per step."""
-        assert self.examples_per_step is not None  # since `check`
-        return self.examples_per_step
-
-    @property
-    def n_directions(self) -> int:
-        """Directions per step."""
-        assert self.directions is not None  # since `check`
-        return self.directions
-
-    @property
-    def slopes_per_step(self) -> int:
-        """Slopes of single rows that a step measures."""
-        return self.n_rows * self.n_directions
-
-    @property
-    def forwards_per_step(self) -> int:
-        """How often a step sends its rows through the model."""
-        return self.n_directions + 1 if self.sides == 1 else 2 * self.n_directions

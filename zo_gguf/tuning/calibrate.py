@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.data.dataset import Example
+from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine, Probe
 from zo_gguf.errors import ZoError
+from zo_gguf.tuning.estimators import estimate, estimator_of
 
 Array = NDArray[np.float64]
 _TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in-place storage
@@ -33,6 +34,7 @@ NO_SLOPE = (
     "The loss does not change with the trainable weights; check that the data's counted tokens are "
     "what you want to teach (`zo-gguf data check`)."
 )
+_SAMPLE = 8  # directions that tell how large an estimate is
 _CLEAR = 2.5  # times the noise from which on a change is one
 
 
@@ -265,6 +267,28 @@ def _rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
+def unit_size(engine: Engine, draw: Draw, config: TuneConfig) -> float:
+    """Root mean square of an entry of the gradient estimate, for a default learning rate.
+
+    Args:
+        engine: The model, at the first theta.
+        draw: The rows of each step; those of the first ones are measured.
+        config: The run's options, with a number for eps.
+
+    Raises:
+        ZoError: The loss does not react to perturbations, or is not finite.
+    """
+    squares: list[float] = []
+    n_directions = estimator_of(config).directions
+    for step in range(-(-_SAMPLE // n_directions)):
+        measured = estimate(engine, draw(step), config, step)
+        squares += [d.projected_grad**2 for d in measured.directions]
+    size = float(np.sqrt(np.mean(squares) / n_directions))
+    if not size > 0:
+        raise ZoError(NO_SLOPE)
+    return size
+
+
 # ---- probes per decode ---------------------------------------------------------------------------
 
 
@@ -273,21 +297,19 @@ _WORTH = 0.03  # share of the time; less is noise
 _EPS = 1e-2  # timing does not depend on it
 
 
-def choose_width(
-    engine: Engine, examples: Sequence[Example], config: TuneConfig
-) -> dict[int, float]:
+def choose_width(engine: Engine, examples: Sequence[Example], n_probes: int) -> dict[int, float]:
     """Measure powers of two from one probe to all of a step, as far as the context holds them.
 
     Args:
         engine: The model, with trainable parameters; its `probes_per_decode` becomes the fastest.
         examples: The rows of a step.
-        config: The run's options.
+        n_probes: Of a step.
 
     Returns:
         Seconds per probe for every number of probes tried, the one chosen first.
     """
     widths = [1]
-    limit = min(config.forwards_per_step, engine.widest(examples))
+    limit = min(n_probes, engine.widest(examples))
     while 2 * widths[-1] <= limit:
         widths.append(2 * widths[-1])
     seconds: dict[int, list[float]] = {width: [] for width in widths}

@@ -48,28 +48,6 @@ class _Moments:
             value[...] = 1 if name == "decay" else 0
 
 
-def gradient_estimate(directions: Sequence[Direction], noise: Callable[[int], Vector]) -> Vector:
-    """Mean over directions of projected_grad * z(seed), float32 (nnz,)."""
-    scale = 1.0 / len(directions)
-    first, *others = directions
-    z = noise(first.seed)
-    total = np.empty_like(z)
-
-    def begin(part: slice) -> None:
-        np.multiply(np.float32(first.projected_grad * scale), z[part], out=total[part])
-
-    in_blocks(total.size, begin)
-    for direction in others:
-        share = np.float32(direction.projected_grad * scale)
-        z = noise(direction.seed)
-
-        def add(part: slice, share: np.float32 = share, z: Vector = z) -> None:
-            total[part] += share * z[part]
-
-        in_blocks(total.size, add)
-    return total
-
-
 class Sgd(_Moments):
     """theta -= lr * g."""
 

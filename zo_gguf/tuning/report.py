@@ -190,7 +190,7 @@ def environment(run: Run) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed as a package"
     model, mask, data = (Path(getattr(run.config, name)) for name in ("model", "mask", "data"))
-    masks = [mask] if run.config.reads_mask and mask.is_file() else []
+    masks = [mask] if mask.is_file() else []
     splits = [find_split(data, split) for split in ("train", "valid")] if data.is_dir() else [data]
     files = {str(file): sha256_file(file) for file in [model, *masks, *splits] if file}
     return {

@@ -29,7 +29,8 @@ from zo_gguf.errors import ZoError
 from zo_gguf.params.kinds import fixed_arrays
 from zo_gguf.params.sparse_file import digest
 from zo_gguf.system import atomic_write, require_file
-from zo_gguf.tuning.optimizer import Optimizer, gradient_estimate, make_optimizer
+from zo_gguf.tuning.estimators.base import mean_of_directions
+from zo_gguf.tuning.optimizer import Optimizer, make_optimizer
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record, Trajectory, older_version
 
@@ -46,8 +47,17 @@ class State:
     theta: NDArray[np.float32]  # (nnz,)
     optimizer: Optimizer
 
-    def apply(self, record: Record, trainable: Trainable) -> None:
+    def replay(self, record: Record, trainable: Trainable) -> None:
+        """Commit a step that was measured before; as `apply`."""
+        self.apply(record, mean_of_directions(record.directions, trainable.noise), trainable)
+
+    def apply(self, record: Record, gradient: NDArray[np.float32], trainable: Trainable) -> None:
         """Commit a step. The only place where theta changes, while tuning and replaying alike.
+
+        Args:
+            record: The step's number and learning rate.
+            gradient: Its estimate, (nnz,).
+            trainable: The parameters.
 
         Raises:
             ZoError: theta is not finite any more.
@@ -56,7 +66,6 @@ class State:
         if trainable.begins_anew(self.step):  # moments of other directions mean nothing
             self.optimizer.reset()
         with np.errstate(over="ignore", invalid="ignore"):  # `place` refuses it
-            gradient = gradient_estimate(record.directions, trainable.noise)
             units = trainable.units()
             if units is None:
                 self.optimizer.update(self.theta, gradient, record.lr)

@@ -14,7 +14,7 @@ from zo_gguf.engine.parameters import Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
-from zo_gguf.tuning.estimator import distribution_of
+from zo_gguf.tuning.estimators import estimator_of
 from zo_gguf.tuning.methods import start
 
 Vector = NDArray[np.float32]
@@ -109,7 +109,7 @@ class Trainable:
                 self.start,
                 self._gguf,
                 self._config.threads or default_threads(),
-                distribution_of(self._config),
+                estimator_of(self._config).distribution,
             )
         return self._own
 
@@ -124,7 +124,7 @@ class Trainable:
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,
             probes_per_decode=width if isinstance(width, int) else 1,
-            distribution=distribution_of(config),
+            distribution=estimator_of(config).distribution,
             path=config.path,
         )
         return self._engine

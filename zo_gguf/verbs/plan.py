@@ -16,12 +16,14 @@ from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.calibrate import MAX_FORWARDS, choose_width
-from zo_gguf.tuning.estimator import estimate
+from zo_gguf.tuning.estimators import estimate, estimator_of
+from zo_gguf.tuning.estimators.base import Estimator
+from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.run import first_state
 from zo_gguf.tuning.targets import wants_soft
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import record_size
-from zo_gguf.verbs.tune import MEASURED_ROWS, load_rows, measures_units, refuse_unread_mask
+from zo_gguf.verbs.tune import MEASURED_ROWS, load_rows, measures_units
 
 _TIMED_STEPS = 3
 _WORTH_SAYING = 0.05  # of a step's time; less is noise
@@ -100,7 +102,8 @@ def plan(config: TuneConfig) -> PlanResult:
         DoesNotFitError: The weights alone exceed the free memory, or the run's files the disk.
         ZoError: As `tune`.
     """
-    refuse_unread_mask(config)
+    config = settle(config)
+    estimator = estimator_of(config)
     method = Trainable(config)
     weights = sum(info.n_bytes for info in GgufFile(config.model).tensors.values())
     available = int(psutil.virtual_memory().available)
@@ -112,9 +115,10 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss  # with the bases of subspaces
     with method.open_engine() as engine:
         train, valid = load_rows(config, engine)
-        draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
+        n_rows = estimator.examples_per_step
+        draw = Draw(train, n_rows, config.seed, balance=config.balance)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
-        fastest, asked, saved = _fastest(engine, draw, config)
+        fastest, asked, saved = _fastest(engine, draw, config, estimator.n_probes)
         engine.probes_per_decode = asked
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
@@ -145,7 +149,7 @@ def plan(config: TuneConfig) -> PlanResult:
         available=available,
         on_gpu=on_gpu,
         seconds_per_step=per_step,
-        seconds=_total_seconds(config, per_step, len(valid), n_searches, n_read),
+        seconds=_total_seconds(config, estimator, per_step, len(valid), n_searches, n_read),
         disk=disk,
         tokens_per_step=tokens,
         probes_per_decode=asked,
@@ -168,9 +172,11 @@ def _bytes_inside(delta: Delta, *, last: bool) -> int:
     return 8 * delta.nnz + per_sparse * delta.n_sparse + 4 * scales + 4 * factors
 
 
-def _fastest(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[int, int, float]:
+def _fastest(
+    engine: Engine, draw: Draw, config: TuneConfig, n_probes: int
+) -> tuple[int, int, float]:
     """The fastest number of probes in a decode, the one asked for, and what share it would save."""
-    seconds = choose_width(engine, draw(0), config)
+    seconds = choose_width(engine, draw(0), n_probes)
     fastest = engine.probes_per_decode
     if config.probes_per_decode == "auto":
         return fastest, fastest, 0.0
@@ -188,7 +194,7 @@ def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, 
     for step in range(-1, _TIMED_STEPS):  # the first one warms up
         rows = draw(max(step, 0))
         started = time.perf_counter()
-        _, scores = estimate(engine, rows, config, step + 1)
+        scores = estimate(engine, rows, config, step + 1).scores
         if step >= 0:
             seconds.append(time.perf_counter() - started)
             tokens.append(scores.n_tokens)
@@ -196,22 +202,27 @@ def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, 
 
 
 def _total_seconds(
-    config: TuneConfig, per_step: float, n_valid: int, n_searches: int, n_read: int
+    config: TuneConfig,
+    estimator: Estimator,
+    per_step: float,
+    n_valid: int,
+    n_searches: int,
+    n_read: int,
 ) -> float:
     """Steps, validations, searches for eps and a rate for every kind of parameter, rows read."""
-    forward = per_step / config.forwards_per_step
+    forward, n_rows = per_step / estimator.n_probes, estimator.examples_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
-    per_validation = forward * n_valid / config.n_rows
-    more_rows = max(1, MEASURED_ROWS // config.n_rows)
+    per_validation = forward * n_valid / n_rows
+    more_rows = max(1, MEASURED_ROWS // n_rows)
     choosing = forward * MAX_FORWARDS * more_rows
-    before = n_searches * choosing + forward * n_read / config.n_rows
+    before = n_searches * choosing + forward * n_read / n_rows
     return config.iters * per_step + validations * per_validation + before
 
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
     """Three deltas with their positions, the state, the trajectory and the metrics."""
-    record = record_size({"directions": config.n_directions}) + _METRICS_LINE
+    record = record_size({"directions": config.directions}) + _METRICS_LINE
     return 3 * 2 * theta + theta + optimizer + config.iters * record
 
 

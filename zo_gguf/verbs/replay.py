@@ -72,7 +72,7 @@ def replay(config: ReplayConfig) -> ReplayResult:
         for record in trajectory.records():
             if record.step > step:
                 break
-            state.apply(record, trainable)
+            state.replay(record, trainable)
             bar.update(1)
     delta = trainable.to_delta(state.theta, {"step": step, "replayed": True})
     identical = None

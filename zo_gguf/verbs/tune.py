@@ -4,11 +4,10 @@ A step draws rows, measures the loss near theta along random directions, writes 
 the trajectory, and commits. The loop knows no method or optimizer.
 """
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zo_gguf.config import TuneConfig
@@ -19,9 +18,16 @@ from zo_gguf.engine.evaluation import EvalResult, measure
 from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import Interrupt, locked, require_file
-from zo_gguf.tuning.calibrate import choose_width, in_words, measure_noise, measure_units
-from zo_gguf.tuning.estimator import estimate, trouble, unit_size
-from zo_gguf.tuning.optimizer import Clip, check_optimizer, default_learning_rate, learning_rate
+from zo_gguf.tuning.calibrate import (
+    choose_width,
+    in_words,
+    measure_noise,
+    measure_units,
+    unit_size,
+)
+from zo_gguf.tuning.estimators import estimate, estimator_of
+from zo_gguf.tuning.optimizer import Clip, default_learning_rate, learning_rate
+from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.report import Progress, TuneResult, finish
 from zo_gguf.tuning.run import TARGETS_FILE, Run, State, open_trajectory
 from zo_gguf.tuning.targets import choose_targets
@@ -60,20 +66,12 @@ def tune(config: TuneConfig) -> TuneResult:
         ZoError: An option, file or row cannot be used, or the loss is not finite.
         KeyboardInterrupt: After Ctrl-C, with everything saved.
     """
-    refuse_unread_mask(config)
+    config = settle(config)
     paths = {name: getattr(config, name) for name in ("model", "mask", "data", "output")}
     absolute = {name: os.path.abspath(path) for name, path in paths.items() if path}
-    config = dataclasses.replace(config, **absolute)
+    config = replace(config, **absolute)
     Run.check_folder(config)
     return _tune(config, config.output, lambda: Run.create(config))
-
-
-def refuse_unread_mask(config: TuneConfig) -> None:
-    """Raise ZoError for a mask that was given and would not be trained."""
-    if config.mask and not config.reads_mask:
-        raise ZoError(
-            f"--method {config.method} reads no mask; leave --mask out, or take --method sensitive."
-        )
 
 
 def resume(run: str | os.PathLike[str]) -> TuneResult:
@@ -90,13 +88,13 @@ def _tune(
     config: TuneConfig, folder: str | os.PathLike[str], open_run: Callable[[], Run]
 ) -> TuneResult:
     """Open everything, run the loop, report. Nothing is written before all input was read."""
-    check_optimizer(config.optimizer)
     require_file(config.model, "model")
     trainable = Trainable(config)
     with trainable.open_engine() as engine:
         trainable.set_units(parse_units(config.unit))  # refused before anything is written
         train, valid = load_rows(config, engine)
-        draw = Draw(train, config.n_rows, config.seed, balance=config.balance)
+        n_rows = estimator_of(config).examples_per_step
+        draw = Draw(train, n_rows, config.seed, balance=config.balance)
         of_rows = {"rows_sha256": digest_examples([*train, *valid])}
         with locked(folder, "run folder"):
             return _train(open_run(), trainable, engine, draw, valid, of_rows)
@@ -120,7 +118,7 @@ def _train(
         for record in trajectory.records():
             clip.remember(record.directions)
             if record.step > state.step:
-                state.apply(record, trainable)
+                state.replay(record, trainable)
         session = Session(run, trainable, engine, draw, valid, trajectory, state, clip)
         _resolve(session)
         with Interrupt() as interrupt:
@@ -140,21 +138,23 @@ def _resolve(session: Session) -> None:
         session.run.path / TARGETS_FILE,
         begun=session.trajectory.n_records > 0,
     )
-    config = dataclasses.replace(config, targets=targets)
+    config = replace(config, targets=targets)
     # The rows of some steps, where those of one are too few to tell much.
-    steps = range(max(1, MEASURED_ROWS // config.n_rows))
+    estimator = estimator_of(config)
+    n_rows = estimator.examples_per_step
+    steps = range(max(1, MEASURED_ROWS // n_rows))
     rows = [row for step in steps for row in session.draw(step)]
     reach = 0.0
     if measures_units(config, session.trainable):
         eps, reach, units = measure_units(engine, rows)
-        config = dataclasses.replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
+        config = replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
         if config.eps == "auto":
-            config = dataclasses.replace(config, eps=eps)
+            config = replace(config, eps=eps)
         session.trainable.set_units(parse_units(config.unit))
         print(f"units {', '.join(config.unit)}", file=sys.stderr)
     if config.probes_per_decode == "auto":
-        seconds = choose_width(engine, rows[: config.n_rows], config)
-        config = dataclasses.replace(config, probes_per_decode=engine.probes_per_decode)
+        seconds = choose_width(engine, rows[:n_rows], estimator.n_probes)
+        config = replace(config, probes_per_decode=engine.probes_per_decode)
         if len(seconds) > 1:
             print(in_words(seconds), file=sys.stderr)
     if config.eps == "auto" or (config.learning_rate is None and not reach):
@@ -162,7 +162,7 @@ def _resolve(session: Session) -> None:
         reach = report.reach
         if config.eps == "auto":
             print(report.render(), file=sys.stderr)
-            config = dataclasses.replace(config, eps=report.eps)
+            config = replace(config, eps=report.eps)
     if config.learning_rate is None:
         size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
         rate = default_learning_rate(
@@ -170,12 +170,12 @@ def _resolve(session: Session) -> None:
             reach,
             size,
             config.iters,
-            config.slopes_per_step,
+            n_rows * estimator.directions,
             session.trainable.farthest,
         )
-        config = dataclasses.replace(config, learning_rate=rate)
+        config = replace(config, learning_rate=rate)
     print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
-    fixed = dataclasses.replace(config, threads=engine.n_threads, path=engine.path)
+    fixed = replace(config, threads=engine.n_threads, path=engine.path)
     session.run.save_config(fixed)
 
 
@@ -215,21 +215,22 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 _save(session)
                 interrupt.leave(run.path)
             rows = session.draw(state.step)
-            directions, scores = estimate(engine, rows, config, state.step)
-            if problem := trouble(directions, scores):
+            measured = estimate(engine, rows, config, state.step)
+            if problem := measured.trouble():
                 _save(session)
                 raise ZoError(f"{problem} at step {state.step + 1}. {_START_AGAIN}")
-            directions = session.clip(directions)
-            session.clip.remember(directions)
+            measured = replace(measured, directions=session.clip(measured.directions))
+            session.clip.remember(measured.directions)
             rate = learning_rate(config, state.step)
-            record = Record(state.step + 1, rate, directions)
+            record = Record(state.step + 1, rate, measured.directions)
             session.trajectory.append(record)
             try:
-                state.apply(record, session.trainable)
+                gradient = measured.gradient(session.trainable.noise)
+                state.apply(record, gradient, session.trainable)
             except ZoError as error:
                 session.trajectory.drop_last()  # so that the steps before it can be replayed
                 raise ZoError(f"Step {record.step} failed: {error} {_START_AGAIN}") from error
-            progress.stepped(record, scores, run)
+            progress.stepped(record, measured.scores, run)
             if state.step % config.save_every == 0:
                 _save(session)
     _save(session)

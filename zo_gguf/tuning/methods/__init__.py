@@ -1,11 +1,10 @@
 """The methods: what is trained. One file and one line each.
 
-A method is a function from the options and the base to a `Delta`: which parameters are trained, and
+A method leads from the options and the base to a `Delta`: which parameters are trained, and
 the theta they start at. Everything else (perturbing, committing, saving, merging) follows from it.
 """
 
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 
@@ -14,22 +13,23 @@ from zo_gguf.config.option import nearest
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta, DeltaHeader
-from zo_gguf.tuning.methods.block_scale import block_scale
-from zo_gguf.tuning.methods.dense import dense
-from zo_gguf.tuning.methods.lora import lora
-from zo_gguf.tuning.methods.magnitude import magnitude
-from zo_gguf.tuning.methods.norm import norm
-from zo_gguf.tuning.methods.sensitive import sensitive
-from zo_gguf.tuning.methods.subspace import subspace
+from zo_gguf.tuning.methods.block_scale import BLOCK_SCALE
+from zo_gguf.tuning.methods.dense import DENSE
+from zo_gguf.tuning.methods.lora import LORA
+from zo_gguf.tuning.methods.magnitude import MAGNITUDE
+from zo_gguf.tuning.methods.method import Method
+from zo_gguf.tuning.methods.norm import NORM
+from zo_gguf.tuning.methods.sensitive import SENSITIVE
+from zo_gguf.tuning.methods.subspace import SUBSPACE
 
-METHODS: dict[str, Callable[[TuneConfig, GgufFile], Delta]] = {
-    "sensitive": sensitive,
-    "magnitude": magnitude,
-    "norm": norm,
-    "block-scale": block_scale,
-    "subspace": subspace,
-    "lora": lora,
-    "dense": dense,
+METHODS: dict[str, Method] = {
+    "sensitive": SENSITIVE,
+    "magnitude": MAGNITUDE,
+    "norm": NORM,
+    "block-scale": BLOCK_SCALE,
+    "subspace": SUBSPACE,
+    "lora": LORA,
+    "dense": DENSE,
 }
 
 
@@ -49,7 +49,7 @@ def start(config: TuneConfig, gguf: GgufFile) -> Delta:
             the same tensor in ways that exclude each other.
     """
     check_method(config.method)
-    deltas = [METHODS[part](config, gguf) for part in config.method.split("+")]
+    deltas = [METHODS[part].start(config, gguf) for part in config.method.split("+")]
     if len(deltas) == 1:
         return deltas[0]
     sparse = [delta for delta in deltas if delta.tensors]

@@ -17,6 +17,7 @@ from zo_gguf.gguf_files.tensors import matching_matrices
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import Edits, Live
 from zo_gguf.params.scales import base_scales
+from zo_gguf.tuning.methods.method import Method
 
 
 def block_scale(config: TuneConfig, gguf: GgufFile) -> Delta:
@@ -40,3 +41,6 @@ def block_scale(config: TuneConfig, gguf: GgufFile) -> Delta:
         edits[name] = Live("scale", scales.size, relative=not config.absolute)
     header = DeltaHeader.of(gguf, "block-scale")
     return Delta({}, {}, np.concatenate(parts), header, edits)
+
+
+BLOCK_SCALE = Method(block_scale, reads=("absolute", "train"))

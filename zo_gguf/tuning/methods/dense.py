@@ -17,6 +17,7 @@ from zo_gguf.gguf_files.tensors import is_idle
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import Edits, Live
 from zo_gguf.params.scales import base_weights
+from zo_gguf.tuning.methods.method import Method
 
 _TRAINABLE = re.compile(r"\.(weight|bias)$")
 _NOT_WEIGHTS = re.compile(r"^rope_|_scale\.|inv_freq")
@@ -43,3 +44,6 @@ def dense(config: TuneConfig, gguf: GgufFile) -> Delta:
     edits: Edits = {name: Live("weight", value.size) for name, value in weights.items()}
     header = DeltaHeader.of(gguf, "dense")
     return Delta({}, {}, np.concatenate(list(weights.values())), header, edits)
+
+
+DENSE = Method(dense, reads=("train",))

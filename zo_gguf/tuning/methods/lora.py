@@ -12,6 +12,7 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.tensors import check_rank, matching_matrices
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import LowRank, Products
+from zo_gguf.tuning.methods.method import Method
 
 _SCALE = 2.0  # alpha / rank
 
@@ -35,3 +36,6 @@ def lora(config: TuneConfig, gguf: GgufFile) -> Delta:
         products[name] = LowRank("lora", n_rows, n_cols, config.rank, _SCALE, 0, none, none)
     header = DeltaHeader.of(gguf, "lora")
     return Delta({}, {}, np.concatenate(masters), header, low_rank=products)
+
+
+LORA = Method(lora, reads=("rank", "train"))

@@ -19,6 +19,7 @@ from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import Edits, Live
 from zo_gguf.params.scales import base_weights
 from zo_gguf.params.select import top_k
+from zo_gguf.tuning.methods.method import Method
 
 _IN_PLACE_SHARE, _SPARSE_SHARE = 0.25, 0.001
 
@@ -54,3 +55,6 @@ def magnitude(config: TuneConfig, gguf: GgufFile) -> Delta:
     theta = np.concatenate([np.zeros(n_sparse, np.float32), *masters])
     header = DeltaHeader.of(gguf, "magnitude")
     return Delta(tensors, shapes, theta, header, edits)
+
+
+MAGNITUDE = Method(magnitude, reads=("density", "train"))

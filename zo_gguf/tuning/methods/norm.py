@@ -16,6 +16,7 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.tensors import is_idle
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import Edits, Gain
+from zo_gguf.tuning.methods.method import Method
 
 _NORM = re.compile(r"norm(_\d+)?\.weight$")
 
@@ -43,3 +44,6 @@ def norm(config: TuneConfig, gguf: GgufFile) -> Delta:
     edits: Edits = {name: Gain(gguf.tensors[name].n_cols) for name in names}
     theta = np.zeros(sum(edit.size for edit in edits.values()), np.float32)
     return Delta({}, {}, theta, DeltaHeader.of(gguf, "norm"), edits)
+
+
+NORM = Method(norm, reads=("train",))

@@ -11,6 +11,7 @@ from zo_gguf.config import TuneConfig
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask
+from zo_gguf.tuning.methods.method import Method
 
 
 def sensitive(config: TuneConfig, gguf: GgufFile) -> Delta:
@@ -22,3 +23,6 @@ def sensitive(config: TuneConfig, gguf: GgufFile) -> Delta:
     mask = Mask.load(config.mask)
     mask.check_base(gguf)
     return Delta.from_mask(mask, mask.theta0(), {})
+
+
+SENSITIVE = Method(sensitive, reads=("mask",))

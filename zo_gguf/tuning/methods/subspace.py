@@ -15,6 +15,7 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.tensors import check_rank, matching_matrices
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import LowRank, Products, Vector
+from zo_gguf.tuning.methods.method import Method
 
 _MAX_RANK = 512  # of all windows of a matrix together
 
@@ -54,6 +55,9 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     theta = np.zeros(sum(product.size for product in products.values()), np.float32)
     header = DeltaHeader.of(gguf, "subspace")
     return Delta({}, {}, theta, header, low_rank=products)
+
+
+SUBSPACE = Method(subspace, reads=("rank", "refresh", "train"))
 
 
 def _basis(seed: list[int], n: int, rank: int) -> Vector:

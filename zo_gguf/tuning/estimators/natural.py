@@ -1,4 +1,6 @@
-"""The natural gradient within the span of a step's directions (estimator `natural`).
+"""`natural`: the natural gradient within the span of a step's directions.
+
+Probes lie on both sides of theta, as those of `spsa`, or on one side, with one at theta.
 
 A few combinations of weights move the answers of all rows alike. They carry nearly all of the
 loss's curvature and most of the noise of projected gradients and, soon, nothing of what is left to
@@ -12,11 +14,65 @@ batch without a mistake takes longer steps, which makes the model overconfident 
 names further flaws; tools/LOG.md has what was measured).
 """
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 
+from zo_gguf.config import TuneConfig
+from zo_gguf.data.dataset import Example
+from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.probe import Matrix, Scores, Vector
+from zo_gguf.tuning.estimators.base import (
+    Estimate,
+    Estimator,
+    along,
+    on_both_sides,
+    on_one_side,
+)
 
+SHORT_RUN = 750  # steps up to which half the forward passes outweigh less noise
 _LEAST_PROBABILITY = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural(Estimator):
+    """See the head of this file.
+
+    Attributes:
+        sides: Of theta, that are probed.
+        damping: See `natural_slopes`.
+    """
+
+    examples_per_step: int = 4
+    directions: int = 16
+    sides: int = 2
+    damping: float = 1.0
+
+    @classmethod
+    def of(cls, config: TuneConfig) -> Self:
+        """As `Estimator.of`; short runs probe one side, unless --sides says other."""
+        sides = config.sides or (1 if config.iters <= SHORT_RUN else 2)
+        return super().of(dataclasses.replace(config, sides=sides))
+
+    @property
+    def n_probes(self) -> int:
+        """One for each direction and side; on one side, one at theta too."""
+        return 2 * self.directions if self.sides == 2 else self.directions + 1
+
+    def estimate(
+        self, engine: Engine, examples: Sequence[Example], seeds: Sequence[int], eps: float
+    ) -> Estimate:
+        """See `Estimator.estimate`."""
+        one_sided = self.sides == 1
+        probes = on_one_side(seeds, eps) if one_sided else on_both_sides(seeds, eps)
+        scores = engine.score(examples, probes)
+        plus, minus = sides(scores.losses.mean(axis=1), one_sided)
+        slopes, information = slopes_and_fisher(scores, eps, one_sided)
+        steps = natural_slopes(slopes, information, self.damping)
+        return Estimate(along(seeds, plus, minus, steps), scores)
 
 
 def sides(values: Matrix, one_sided: bool) -> tuple[Matrix, Matrix]:
