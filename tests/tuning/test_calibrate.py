@@ -1,4 +1,4 @@
-"""The search for eps, against losses whose slopes, curvature and noise are known."""
+"""The search for eps, and what follows from it, on losses whose course is known."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zo_gguf.config import TuneConfig
+from zo_gguf.config.tune import parse_units
 from zo_gguf.engine.probe import Probe
 from zo_gguf.errors import ZoError
-from zo_gguf.tuning.calibrate import measure_noise, measure_units
+from zo_gguf.tuning.calibrate import measure_noise, measure_units, resolve
+from zo_gguf.tuning.optimizer import default_learning_rate
 
 BEND = 20.0
 BENT = 1 / 40  # by how much slopes have changed at the reach, by its definition
@@ -117,3 +120,55 @@ def test_kinds_share_their_reach() -> None:
     assert units["weight"] == 1
     assert units["gain"] > 2  # where noise is the same, the cube root of 100, up to the directions
     assert engine.units == units
+
+
+# ---- all automatic options -----------------------------------------------------------------------
+
+
+def resolved(engine: Any, **options: Any) -> tuple[TuneConfig, list[str]]:
+    """`resolve` for 4 rows a step, which are drawn for 4 steps where they are measured."""
+    draw: Any = lambda step: range(4 * step, 4 * step + 4)  # noqa: E731
+    kinds = getattr(engine, "bends", {"gain": 0.0})
+    trainable: Any = SimpleNamespace(
+        kinds=list(kinds), farthest=math.inf, set_units=engine.parameters.set_units
+    )
+    given = TuneConfig(model="m", data="d", output="o", **options)
+    return resolve(given, trainable, engine, draw)
+
+
+def test_what_is_given_stays_and_nothing_is_measured() -> None:
+    engine: Any = SimpleNamespace(n_threads=3, path="hook", parameters=SimpleNamespace(set_units=1))
+    options = {"eps": 0.25, "learning_rate": 2.0, "threads": 1}
+    config, said = resolved(engine, **options)
+    assert config == TuneConfig(
+        model="m", data="d", output="o", **options | {"threads": 3, "path": "hook"}
+    )
+    assert said == ["eps 0.25, learning rate 2"]
+
+
+def test_eps_and_rate_come_from_one_search() -> None:
+    engine: Any = Cubic(1e-4, {"gain": BEND})
+    engine.n_threads, engine.path = 2, "hook"
+    report = measure_noise(engine, range(16))  # type: ignore[arg-type]
+    config, said = resolved(engine, iters=50)
+    rate = default_learning_rate("adam", report.reach, 1.0, 50, 4 * 16)
+    assert (config.eps, config.learning_rate) == (report.eps, rate)
+    assert said == [report.render(), f"eps {report.eps:g}, learning rate {rate:g}"]
+    config, said = resolved(engine, iters=50, eps=0.5)
+    assert (config.eps, config.learning_rate, len(said)) == (0.5, rate, 1)
+    config, _ = resolved(engine, iters=50, learning_rate=7.0)
+    assert (config.eps, config.learning_rate) == (report.eps, 7.0)
+
+
+def test_several_kinds_get_units_before_eps_and_rate() -> None:
+    engine: Any = Cubic(1e-4, {"sparse": BEND, "gain": 25 * BEND})
+    engine.n_threads, engine.path = 2, "hook"
+    eps, reach, units = measure_units(engine, range(16))  # type: ignore[arg-type]
+    config, said = resolved(engine)
+    assert config.unit == [f"{kind}={unit:.3g}" for kind, unit in units.items()]
+    assert engine.units == parse_units(config.unit)
+    assert config.eps == eps
+    assert config.learning_rate == default_learning_rate("adam", reach, 1.0, 500, 64)
+    assert said[0] == f"units {', '.join(config.unit)}"
+    config, _ = resolved(engine, unit=["gain=2"], eps=0.1, learning_rate=1.0)
+    assert config.unit == ["gain=2"]

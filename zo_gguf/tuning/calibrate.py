@@ -1,4 +1,4 @@
-"""What is measured before step 1: the noise floor, eps, units, and how many probes share a decode.
+"""What is measured before step 1: the noise floor, eps, units, the rate, probes in a decode.
 
 llama.cpp rounds activations to 8 bits, so the loss is a staircase: perturbations far too small to
 matter still change it. A finite difference at eps has an error of (floor / 2 eps) from this noise
@@ -10,24 +10,28 @@ on the model, the rows and the machine, so that too is measured.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from zo_gguf.config import TuneConfig
+from zo_gguf.config.tune import parse_units
 from zo_gguf.data.dataset import Draw, Example
 from zo_gguf.engine.engine import Engine, Probe
 from zo_gguf.errors import ZoError
 from zo_gguf.tuning.estimators import estimate, estimator_of
+from zo_gguf.tuning.optimizer import default_learning_rate
+from zo_gguf.tuning.trainable import Trainable
 
 Array = NDArray[np.float64]
+_MEASURED_ROWS = 16  # where those of one step are fewer, and too few to tell much
 _TINY = 1e-6  # far below any weight: what it changes is rounding; finer than in-place storage
 _FLOOR_SEEDS = 12
 _SLOPE_SEEDS = 8
 _FIRST, _LAST = 4e-3, 0.512
-MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # of one step's rows, as a rule
+_MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # of all rows, as a rule
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
 _BENT = 1 / 40  # relative change of the rows' slopes up to which the loss counts as linear
 NO_SLOPE = (
@@ -36,6 +40,82 @@ NO_SLOPE = (
 )
 _SAMPLE = 8  # directions that tell how large an estimate is
 _CLEAR = 2.5  # times the noise from which on a change is one
+
+
+def resolve(
+    config: TuneConfig, trainable: Trainable, engine: Engine, draw: Draw
+) -> tuple[TuneConfig, list[str]]:
+    """Turn automatic options into numbers.
+
+    Args:
+        config: The run's options; what is given stays.
+        trainable: What is trained, at its first theta; gets its units.
+        engine: The model; gets its number of probes per decode.
+        draw: The rows of each step.
+
+    Returns:
+        The options, so that a run with them does the same, and sentences that say what was found.
+
+    Raises:
+        ZoError: The loss does not react to perturbations, or is not finite.
+    """
+    estimator, said = estimator_of(config), []
+    n_rows = estimator.examples_per_step
+    rows = [row for step in range(_measured_steps(n_rows)) for row in draw(step)]
+    reach = None  # how far the loss is linear
+
+    if measures_units(config, trainable):
+        eps, reach, units = measure_units(engine, rows)
+        config = replace(config, unit=[f"{kind}={unit:.3g}" for kind, unit in units.items()])
+        trainable.set_units(parse_units(config.unit))
+        said.append(f"units {', '.join(config.unit)}")
+        if config.eps == "auto":
+            config = replace(config, eps=eps)
+
+    if config.probes_per_decode == "auto":
+        seconds = choose_width(engine, rows[:n_rows], estimator.n_probes)
+        config = replace(config, probes_per_decode=engine.probes_per_decode)
+        if len(seconds) > 1:
+            said.append(in_words(seconds))
+
+    if config.eps == "auto" or (config.learning_rate is None and reach is None):
+        report = measure_noise(engine, rows)
+        reach = report.reach
+        if config.eps == "auto":
+            said.append(report.render())
+            config = replace(config, eps=report.eps)
+
+    if config.learning_rate is None:
+        assert reach is not None  # measured with eps
+        size = 1.0 if config.optimizer == "adam" else unit_size(engine, draw, config)
+        n_slopes = n_rows * estimator.directions
+        rate = default_learning_rate(
+            config.optimizer, reach, size, config.iters, n_slopes, trainable.farthest
+        )
+        config = replace(config, learning_rate=rate)
+
+    said.append(f"eps {config.eps:g}, learning rate {config.learning_rate:g}")
+    return replace(config, threads=engine.n_threads, path=engine.path), said
+
+
+def measures_units(config: TuneConfig, trainable: Trainable) -> bool:
+    """Whether eps is measured for every kind of parameter on its own."""
+    return len(trainable.kinds) > 1 and not config.unit
+
+
+def max_forwards(config: TuneConfig, trainable: Trainable) -> int:
+    """How often, at most as a rule, `resolve` sends the rows of a step through the model."""
+    n_searches = int(config.eps == "auto" or config.learning_rate is None)
+    if measures_units(config, trainable):
+        n_searches = len(trainable.kinds)
+    return n_searches * _MAX_FORWARDS * _measured_steps(estimator_of(config).examples_per_step)
+
+
+def _measured_steps(n_rows: int) -> int:
+    return max(1, _MEASURED_ROWS // n_rows)
+
+
+# ---- noise floor and eps -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

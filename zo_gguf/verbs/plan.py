@@ -15,15 +15,15 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
-from zo_gguf.tuning.calibrate import MAX_FORWARDS, choose_width
+from zo_gguf.tuning.calibrate import choose_width, max_forwards
 from zo_gguf.tuning.estimators import estimate, estimator_of
 from zo_gguf.tuning.estimators.base import Estimator
 from zo_gguf.tuning.options import settle
+from zo_gguf.tuning.rows import load_rows
 from zo_gguf.tuning.run import first_state
 from zo_gguf.tuning.targets import wants_soft
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import record_size
-from zo_gguf.verbs.tune import MEASURED_ROWS, load_rows, measures_units
 
 _TIMED_STEPS = 3
 _WORTH_SAYING = 0.05  # of a step's time; less is noise
@@ -114,19 +114,15 @@ def plan(config: TuneConfig) -> PlanResult:
         )
     before = psutil.Process().memory_info().rss  # with the bases of subspaces
     with method.open_engine() as engine:
-        train, valid = load_rows(config, engine)
-        n_rows = estimator.examples_per_step
-        draw = Draw(train, n_rows, config.seed, balance=config.balance)
+        draw, valid = load_rows(config, engine)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
         fastest, asked, saved = _fastest(engine, draw, config, estimator.n_probes)
         engine.probes_per_decode = asked
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
-        n_searches = int(config.eps == "auto" or config.learning_rate is None)
-        if measures_units(config, method):
-            n_searches = len(method.kinds)
+        n_choosing = max_forwards(config, method)
         seen = draw.seen(config.iters)
-        n_read = len(seen) if wants_soft(config, train, seen) else 0
+        n_read = len(seen) if wants_soft(config, draw.examples, seen) else 0
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
     bases = sum(edit.left.nbytes + edit.right.nbytes for edit in method.start.low_rank.values())
@@ -149,7 +145,7 @@ def plan(config: TuneConfig) -> PlanResult:
         available=available,
         on_gpu=on_gpu,
         seconds_per_step=per_step,
-        seconds=_total_seconds(config, estimator, per_step, len(valid), n_searches, n_read),
+        seconds=_total_seconds(config, estimator, per_step, len(valid), n_choosing, n_read),
         disk=disk,
         tokens_per_step=tokens,
         probes_per_decode=asked,
@@ -206,17 +202,15 @@ def _total_seconds(
     estimator: Estimator,
     per_step: float,
     n_valid: int,
-    n_searches: int,
+    n_choosing: int,
     n_read: int,
 ) -> float:
-    """Steps, validations, searches for eps and a rate for every kind of parameter, rows read."""
+    """Steps, validations, passes that choose eps and a rate, and rows read for soft targets."""
     forward, n_rows = per_step / estimator.n_probes, estimator.examples_per_step
     every = config.valid_every or config.iters
     validations = 1 + -(-config.iters // every)
     per_validation = forward * n_valid / n_rows
-    more_rows = max(1, MEASURED_ROWS // n_rows)
-    choosing = forward * MAX_FORWARDS * more_rows
-    before = n_searches * choosing + forward * n_read / n_rows
+    before = forward * (n_choosing + n_read / n_rows)
     return config.iters * per_step + validations * per_validation + before
 
 

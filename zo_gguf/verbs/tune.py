@@ -12,29 +12,23 @@ from typing import Any
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.config.tune import parse_units
-from zo_gguf.data.dataset import Draw, Example, digest_examples, load_train_valid
+from zo_gguf.data.dataset import Draw, Example, digest_examples
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.evaluation import EvalResult, measure
 from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import Interrupt, locked, require_file
-from zo_gguf.tuning.calibrate import (
-    choose_width,
-    in_words,
-    measure_noise,
-    measure_units,
-    unit_size,
-)
-from zo_gguf.tuning.estimators import estimate, estimator_of
-from zo_gguf.tuning.optimizer import Clip, default_learning_rate, learning_rate
+from zo_gguf.tuning.calibrate import resolve
+from zo_gguf.tuning.estimators import estimate
+from zo_gguf.tuning.optimizer import Clip, learning_rate
 from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.report import Progress, TuneResult, finish
+from zo_gguf.tuning.rows import load_rows
 from zo_gguf.tuning.run import TARGETS_FILE, Run, State, open_trajectory
 from zo_gguf.tuning.targets import choose_targets
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record, Trajectory
 
-MEASURED_ROWS = 16  # for eps
 _START_AGAIN = (
     "Start again with a lower --learning-rate or another --eps. The best checkpoint is kept."
 )
@@ -92,10 +86,8 @@ def _tune(
     trainable = Trainable(config)
     with trainable.open_engine() as engine:
         trainable.set_units(parse_units(config.unit))  # refused before anything is written
-        train, valid = load_rows(config, engine)
-        n_rows = estimator_of(config).examples_per_step
-        draw = Draw(train, n_rows, config.seed, balance=config.balance)
-        of_rows = {"rows_sha256": digest_examples([*train, *valid])}
+        draw, valid = load_rows(config, engine)
+        of_rows = {"rows_sha256": digest_examples([*draw.examples, *valid])}
         with locked(folder, "run folder"):
             return _train(open_run(), trainable, engine, draw, valid, of_rows)
 
@@ -129,76 +121,18 @@ def _train(
 
 
 def _resolve(session: Session) -> None:
-    """Turn automatic options into numbers and record them, so that a resumed run uses the same."""
-    config, engine = session.config, session.engine
+    """Settle what is trained towards and all automatic options, and record them."""
     targets = choose_targets(
-        config,
-        engine,
+        session.config,
+        session.engine,
         session.draw,
         session.run.path / TARGETS_FILE,
         begun=session.trajectory.n_records > 0,
     )
-    config = replace(config, targets=targets)
-    # The rows of some steps, where those of one are too few to tell much.
-    estimator = estimator_of(config)
-    n_rows = estimator.examples_per_step
-    steps = range(max(1, MEASURED_ROWS // n_rows))
-    rows = [row for step in steps for row in session.draw(step)]
-    reach = 0.0
-    if measures_units(config, session.trainable):
-        eps, reach, units = measure_units(engine, rows)
-        config = replace(config, unit=[f"{k}={unit:.3g}" for k, unit in units.items()])
-        if config.eps == "auto":
-            config = replace(config, eps=eps)
-        session.trainable.set_units(parse_units(config.unit))
-        print(f"units {', '.join(config.unit)}", file=sys.stderr)
-    if config.probes_per_decode == "auto":
-        seconds = choose_width(engine, rows[:n_rows], estimator.n_probes)
-        config = replace(config, probes_per_decode=engine.probes_per_decode)
-        if len(seconds) > 1:
-            print(in_words(seconds), file=sys.stderr)
-    if config.eps == "auto" or (config.learning_rate is None and not reach):
-        report = measure_noise(engine, rows)
-        reach = report.reach
-        if config.eps == "auto":
-            print(report.render(), file=sys.stderr)
-            config = replace(config, eps=report.eps)
-    if config.learning_rate is None:
-        size = 1.0 if config.optimizer == "adam" else unit_size(engine, session.draw, config)
-        rate = default_learning_rate(
-            config.optimizer,
-            reach,
-            size,
-            config.iters,
-            n_rows * estimator.directions,
-            session.trainable.farthest,
-        )
-        config = replace(config, learning_rate=rate)
-    print(f"eps {config.eps:g}, learning rate {config.learning_rate:g}", file=sys.stderr)
-    fixed = replace(config, threads=engine.n_threads, path=engine.path)
-    session.run.save_config(fixed)
-
-
-def measures_units(config: TuneConfig, trainable: Trainable) -> bool:
-    """Whether eps is measured for every kind of parameter on its own."""
-    return len(trainable.kinds) > 1 and not config.unit
-
-
-def load_rows(config: TuneConfig, engine: Engine) -> tuple[list[Example], list[Example]]:
-    """The rows to train on, and the --valid-rows to validate with.
-
-    Raises:
-        ZoError: A file or row cannot be used.
-    """
-    train, valid = load_train_valid(
-        config.data,
-        engine,
-        val_split=config.val_split,
-        max_tokens=config.max_seq_length,
-        train_on=config.train_on,
-        fields=config.field,
-    )
-    return train, valid[: config.valid_rows or None]
+    config = replace(session.config, targets=targets)
+    config, said = resolve(config, session.trainable, session.engine, session.draw)
+    print(*said, sep="\n", file=sys.stderr)
+    session.run.save_config(config)
 
 
 def _loop(session: Session, interrupt: Interrupt) -> None:
