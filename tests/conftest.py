@@ -19,8 +19,9 @@ import pytest
 
 from tests.helpers import stand_in_gpu
 from tools import make_task
-from zo_gguf import libzo as native
 from zo_gguf.engine.model import native_library
+from zo_gguf.libzo import ON_CPU
+from zo_gguf.libzo import library as native
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "zo_gguf"
@@ -58,7 +59,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         native.load.cache_clear()
     elif request.param == "cuda":
         need_gpu()
-    yield native.ON_CPU if request.param == "cpu" else 0
+    yield ON_CPU if request.param == "cpu" else 0
     if request.param == "stand-in":
         native.load.cache_clear()
 

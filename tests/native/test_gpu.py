@@ -19,14 +19,14 @@ from gguf import GGMLQuantizationType as Type
 from tests.conftest import CACHE, need_gpu
 from tests.engine.test_adapter import PROBES, ROWS, config
 from tests.helpers import stand_in_gpu
-from tests.helpers.tiny_gguf import random_delta, write_llama
-from zo_gguf import libzo as native
+from tests.helpers.tiny_gguf import CACHE_ROUNDING, random_delta, write_llama
+from zo_gguf import libzo
 from zo_gguf.config import TuneConfig
 from zo_gguf.engine.engine import Engine, Probe
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER, pointer
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
 
@@ -58,10 +58,10 @@ def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> L
 
     def on_stand_in(*given: Any, **options: Any) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(native, "library_path", lambda: library)
-            native.load.cache_clear()
+            patch.setattr(libzo.library, "library_path", lambda: library)
+            libzo.load.cache_clear()
             found = counted(*given, **options)
-        native.load.cache_clear()
+        libzo.load.cache_clear()
         return found
 
     return on_stand_in
@@ -105,8 +105,7 @@ def agree(gpu: np.ndarray, cpu: np.ndarray, exact: bool, least: float = 0.999) -
     """Equal up to the order of sums, which rounding to 8 bits or TF32 may blow up."""
     difference = np.abs(gpu - cpu)
     if exact:
-        assert np.median(difference) < 1e-6
-        assert difference.max() < 2e-2  # a value of the f16 KV cache may round the other way
+        assert difference.max() < CACHE_ROUNDING
     effects = [found - found[0] for found in (gpu, cpu)]
     assert np.abs(effects[1]).max() > 0.05  # so that the next line means something
     assert np.corrcoef(effects[0].ravel(), effects[1].ravel())[0, 1] > least
@@ -269,7 +268,7 @@ def test_a_library_without_a_gpu_says_so() -> None:
     if functions.zo_gpu_count() > 0:
         pytest.skip("there is a GPU")
     zero, logit = np.zeros(1, np.int32), np.zeros(1, np.float32)
-    index = native.pointer(zero, ctypes.c_int32)
-    arguments = [native.pointer(logit, ctypes.c_float), 1, 1, 1, index, index, 1, 0]
+    index = pointer(zero, ctypes.c_int32)
+    arguments = [pointer(logit, ctypes.c_float), 1, 1, 1, index, index, 1, 0]
     with pytest.raises(ZoError, match="no GPU number 0"):
-        native_library().call("zo_losses", *arguments, native.pointer(np.zeros(1), ctypes.c_double))
+        native_library().call("zo_losses", *arguments, pointer(np.zeros(1), ctypes.c_double))

@@ -133,7 +133,7 @@ def test_values_in_place_outlive_their_hook(
     """What a GPU's memory held has to be found by the next one: its devices went with the first."""
     if on_gpu:
         library = stand_in_gpu.build(CACHE)
-        monkeypatch.setattr(libzo, "library_path", lambda: library)
+        monkeypatch.setattr(libzo.library, "library_path", lambda: library)
     libzo.load.cache_clear()
     graph.build()
     values = np.arange(N_ROWS * N_COLS, dtype=np.float32)
@@ -144,12 +144,12 @@ def test_values_in_place_outlive_their_hook(
     for expected in (values, values + 1):
         native_library().functions.zo_hook_eval(graph.nodes[NAME], True, hook.handle)
         in_place.write(expected)
-        in_place.apply(0, 0.0)
+        in_place.apply(AT_THETA)
         assert np.array_equal(graph.values(NAME).reshape(-1), expected)
         hook.free()
         if on_gpu:
             with pytest.raises(ZoError, match="is not used by the model"):
-                in_place.apply(0, 0.0)
+                in_place.apply(AT_THETA)
         hook = Hook(native_library(), None, in_place, None, None, n_threads=1)
     hook.free()
     in_place.free()

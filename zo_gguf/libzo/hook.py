@@ -1,0 +1,90 @@
+"""The engine's callback, and what it needs to know of a batch."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_int32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo_gguf.errors import ZoError
+from zo_gguf.libzo.handles import Gain, InPlace, LowRank, NativeHandle, Store
+from zo_gguf.libzo.library import Library, address, pointer
+from zo_gguf.libzo.signatures import Batch, Branch, Probe
+
+
+class Hook(NativeHandle):
+    """zo_hook: the engine's callback and what it needs to know of a batch.
+
+    The engine's context must be gone before `free`.
+    """
+
+    kind = "hook"
+
+    def __init__(
+        self,
+        library: Library,
+        store: Store | None = None,
+        in_place: InPlace | None = None,
+        low_rank: LowRank | None = None,
+        gain: Gain | None = None,
+        *,
+        n_threads: int,
+        force_staged: bool = False,
+    ) -> None:
+        parts = [part.handle if part else None for part in (store, in_place, low_rank, gain)]
+        super().__init__(library, *parts, n_threads, force_staged)
+
+    @property
+    def callback(self) -> int:
+        """Address of zo_hook_eval."""
+        return address(self._library.functions.zo_hook_eval)
+
+    def begin(
+        self,
+        branches: Sequence[Probe],
+        token_branch: NDArray[np.int32],
+        output_branch: NDArray[np.int32],
+        target_output: NDArray[np.int32],
+        target_token: NDArray[np.int32],
+    ) -> None:
+        """Announce a decode: the probe of each branch, the branch of every token and output
+        column, and the output column and token id of every target (ascending by column)."""
+        array = (Branch * len(branches))(*(Branch(*branch) for branch in branches))
+        batch = Batch(
+            token_branch.size,
+            output_branch.size,
+            len(branches),
+            target_output.size,
+            pointer(token_branch, c_int32),
+            pointer(output_branch, c_int32),
+            array,
+            pointer(target_output, c_int32),
+            pointer(target_token, c_int32),
+        )
+        self._call("begin", self.handle, ctypes.byref(batch))
+
+    def begin_any(self) -> None:
+        """Let any decode pass, theta applied to all of its columns, without losses."""
+        self._call("begin", self.handle, None)
+
+    def check(self) -> None:
+        """Raise ZoError if a node was refused since `begin` or `begin_any`, or the last `check`.
+
+        llama_decode then returns success, but nothing that it gives may be used.
+        """
+        try:
+            self._call("check", self.handle)
+        except ZoError:
+            self.begin_any()
+            raise
+
+    def end(self, n_targets: int) -> NDArray[np.float64]:
+        """Negative log-likelihood of each target of the decode, (n_targets,).
+
+        Raises:
+            ZoError: The graph was not the expected one; the sentence says how.
+        """
+        nll = np.empty(n_targets, np.float64)
+        self._call("end", self.handle, pointer(nll, c_double))
+        return nll

@@ -1,0 +1,136 @@
+"""The structs, numbers and prototypes of native/zo.h; a test compares them with the header."""
+
+import ctypes
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+)
+from typing import Any, NamedTuple
+
+ON_CPU = -1  # the device of a kernel called by itself
+NORMAL, RADEMACHER = 0, 1  # zo_distribution
+Handle = ctypes.c_void_p
+FLOATS = POINTER(c_float)
+INTS = POINTER(c_int32)
+
+
+class Probe(NamedTuple):
+    """A place near theta: theta + scale * z(seed); scale 0 is theta itself."""
+
+    seed: int
+    scale: float
+
+
+AT_THETA = Probe(0, 0.0)
+
+
+class Branch(ctypes.Structure):
+    """zo_branch."""
+
+    _fields_ = (("seed", c_uint64), ("scale", c_float))
+
+
+class Field(ctypes.Structure):
+    """zo_field; `base` must outlive the call of zo_inplace_add only."""
+
+    _fields_ = (
+        ("n_values", c_int64),
+        ("block_bytes", c_int64),
+        ("n_per_block", c_int32),
+        ("offset", c_int32 * 2),
+        ("storage", c_int32),
+        ("relative", c_bool),
+        ("limit", c_float),
+        ("base", FLOATS),
+    )
+
+
+class Batch(ctypes.Structure):
+    """zo_batch; the arrays must outlive the call of zo_hook_begin only."""
+
+    _fields_ = (
+        ("n_tokens", c_int32),
+        ("n_outputs", c_int32),
+        ("n_branches", c_int32),
+        ("n_targets", c_int32),
+        ("token_branch", POINTER(c_int32)),
+        ("output_branch", POINTER(c_int32)),
+        ("branches", POINTER(Branch)),
+        ("target_output", POINTER(c_int32)),
+        ("target_token", POINTER(c_int32)),
+    )
+
+
+# name -> (result type, argument types); a test compares this table with the prototypes in zo.h.
+PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "zo_engine_version": (c_char_p, ()),
+    "zo_gpu_kernels": (c_char_p, ()),
+    "zo_gpu_count": (c_int32, ()),
+    "zo_gpu_launches": (c_int64, ()),
+    "zo_check_engine": (c_int32, ()),
+    "zo_last_error": (c_char_p, ()),
+    "zo_noise": (c_int32, (c_int32, c_uint64, c_uint32, c_int64, c_int64, FLOATS)),
+    "zo_store_init": (c_int32, (POINTER(Handle), c_int32, c_int32)),
+    "zo_store_free": (None, (Handle,)),
+    "zo_store_add": (
+        c_int32,
+        (Handle, c_char_p, c_int64, c_int64, c_int64, POINTER(c_int64), FLOATS),
+    ),
+    "zo_store_size": (c_int64, (Handle,)),
+    "zo_store_read": (c_int32, (Handle, FLOATS)),
+    "zo_store_write": (c_int32, (Handle, FLOATS)),
+    "zo_store_noise": (c_int32, (Handle, c_uint64, FLOATS)),
+    "zo_store_apply": (
+        c_int32,
+        (Handle, c_char_p, Branch, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32),
+    ),
+    "zo_inplace_init": (c_int32, (POINTER(Handle), c_int32, c_int32)),
+    "zo_inplace_free": (None, (Handle,)),
+    "zo_inplace_add": (c_int32, (Handle, c_char_p, POINTER(Field), c_int64, FLOATS)),
+    "zo_inplace_size": (c_int64, (Handle,)),
+    "zo_inplace_read": (c_int32, (Handle, FLOATS)),
+    "zo_inplace_write": (c_int32, (Handle, FLOATS)),
+    "zo_inplace_noise": (c_int32, (Handle, c_uint64, FLOATS)),
+    "zo_inplace_values": (c_int32, (Handle, Branch, FLOATS)),
+    "zo_inplace_check": (c_int32, (Handle,)),
+    "zo_inplace_apply": (c_int32, (Handle, Branch)),
+    "zo_lowrank_init": (c_int32, (POINTER(Handle), c_int32, c_int32)),
+    "zo_lowrank_free": (None, (Handle,)),
+    "zo_lowrank_add": (c_int32, (Handle, c_char_p, c_int64, c_int64)),
+    "zo_lowrank_set": (c_int32, (Handle, c_int32, c_int32, c_int64, FLOATS, FLOATS)),
+    "zo_lowrank_train": (c_int32, (Handle, c_int32, c_int64, c_float, c_uint32, FLOATS)),
+    "zo_lowrank_probe": (c_int32, (Handle, c_int32, Branch)),
+    "zo_lowrank_apply": (
+        c_int32,
+        (Handle, c_int32, c_int32, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32, c_int32),
+    ),
+    "zo_gain_init": (c_int32, (POINTER(Handle),)),
+    "zo_gain_free": (None, (Handle,)),
+    "zo_gain_add": (c_int32, (Handle, c_char_p, c_int64)),
+    "zo_gain_set": (c_int32, (Handle, c_int32, c_int32, FLOATS)),
+    "zo_tensors_init": (c_int32, (POINTER(Handle),)),
+    "zo_tensors_free": (None, (Handle,)),
+    "zo_tensors_add": (c_int32, (Handle, c_char_p, c_int64)),
+    "zo_tensors_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
+    "zo_tensors_missing": (c_int32, (Handle,)),
+    "zo_tensors_set": (c_int32, (Handle, c_int32, ctypes.c_void_p, c_int64)),
+    "zo_discard_init": (c_bool, (ctypes.c_void_p, ctypes.c_void_p, c_uint32)),
+    "zo_discard_apply": (None, (ctypes.c_void_p,) * 4),
+    "zo_losses": (
+        c_int32,
+        (FLOATS, c_int64, c_int64, c_int32, INTS, INTS, c_int32, c_int32, POINTER(c_double)),
+    ),
+    "zo_hook_init": (c_int32, (POINTER(Handle), Handle, Handle, Handle, Handle, c_int32, c_bool)),
+    "zo_hook_free": (None, (Handle,)),
+    "zo_hook_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
+    "zo_hook_begin": (c_int32, (Handle, POINTER(Batch))),
+    "zo_hook_check": (c_int32, (Handle,)),
+    "zo_hook_end": (c_int32, (Handle, POINTER(c_double))),
+}
