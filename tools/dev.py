@@ -76,7 +76,9 @@ def install_packages() -> None:
     """Everything that comes from elsewhere; llama-cpp-python is compiled while pip fetches."""
     VENV.install("build tools", "--upgrade", *BUILD_TOOLS)
     with ThreadPoolExecutor(max_workers=1) as beside:
-        others = beside.submit(VENV.install, "torch and the other packages", *requirements(EXTRAS))
+        # Bytecode is made when a module is first imported: most of torch's never is.
+        wanted = ["--no-compile", *requirements(EXTRAS)]
+        others = beside.submit(VENV.install, "torch and the other packages", *wanted)
         wheel = engine.wheel(VENV)
         others.result()
     VENV.install(ENGINE, str(wheel))
