@@ -21,6 +21,7 @@ from zo_gguf.params.delta import Delta
 from zo_gguf.params.lora import SparseFactors
 from zo_gguf.params.mask import Mask, MaskHeader
 from zo_gguf.tuning.methods import start
+from zo_gguf.tuning.options import settle
 from zo_gguf.verbs.replay import replay
 from zo_gguf.verbs.tune import tune
 
@@ -46,7 +47,7 @@ def config(folder: Path, method: str, quant: str = "F32", **options: Any) -> Tun
         mask = Mask(delta.tensors, residuals, delta.shapes, header)
         mask.save(folder / f"{quant}.mask.safetensors")
     files = {"model": str(path), "data": str(folder), "output": str(folder / "run")}
-    return TuneConfig(**files | {"method": method, "threads": 1} | options)
+    return settle(TuneConfig(**files | {"method": method, "threads": 1} | options))
 
 
 def losses(given: TuneConfig, path: str, theta: np.ndarray | None = None) -> np.ndarray:

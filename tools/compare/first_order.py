@@ -29,6 +29,7 @@ from zo_gguf.engine.evaluation import EvalResult, counted_tokens, summarize
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.tuning.methods import start
+from zo_gguf.tuning.options import settle
 
 _ROWS_PER_CALL = 64
 
@@ -168,13 +169,8 @@ def first_order(options: argparse.Namespace) -> Bound:
     """
     if not (options.hf / "config.json").is_file():
         raise ZoError(f"{str(options.hf)!r} is no Hugging Face folder: it has no config.json.")
-    config = TuneConfig(
-        model=str(options.model),
-        data=str(options.data),
-        output="none",
-        method=options.method,
-        mask=str(options.mask or ""),
-    )
+    files = {"model": str(options.model), "data": str(options.data), "output": "none"}
+    config = settle(TuneConfig(**files, method=options.method, mask=str(options.mask or "")))
     delta = start(config, GgufFile(options.model))
     if other := {edit.kind for _, edit, _ in delta.parts()} - {"gain"}:
         raise ZoError(f"There is no bound for {', '.join(other)}; take --method sensitive or norm.")
