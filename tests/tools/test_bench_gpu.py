@@ -159,7 +159,7 @@ class TestGoingOn:
         self, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
     ) -> None:
         monkeypatch.setattr("sys.argv", ["gpu/bench.py", "--out", str(tmp_path / "out")])
-        monkeypatch.setattr(bench_gpu.dev_cuda, "find_smi", lambda: None)
+        monkeypatch.setattr(bench_gpu.cuda, "find_smi", lambda: None)
         assert bench_gpu.main() == 2
         assert "No NVIDIA GPU answers" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
