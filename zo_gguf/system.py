@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-import numpy as np
 import psutil
 
 from zo_gguf.errors import ZoError
@@ -251,6 +250,8 @@ def in_blocks(n: int, work: Callable[[slice], None]) -> None:
     if len(parts) == 1:
         work(parts[0])
         return
+    import numpy as np  # here, so that --help is quick
+
     settings = np.geterr()  # of this thread
 
     def with_settings(part: slice) -> None:

@@ -58,21 +58,25 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     [
         (
             ["export", "-m", "hf", "-o", "o", "--quant", "Q8_0"],
-            "export:export",
+            "verbs.export:export",
             {"quant": ["Q8_0"]},
         ),
-        (TUNE, "tune:tune", {"iters": 500, "method": "norm"}),
-        ([*TUNE, "--dry-run"], "plan:plan", {"output": "run"}),
-        (["plan", "-m", "x", "--data", "d"], "plan:plan", {"data": "d"}),
-        (["tune", "--dry-run", "-m", "x", "--data", "d"], "plan:plan", {"data": "d"}),
-        (["replay", "RUN"], "replay:replay", {"run": "RUN", "output": None}),
-        (["eval", "-m", "x", "--data", "d"], "evaluate:evaluate", {"delta": None}),
-        (["merge", "RUN", "-o", "y", "--type", "keep"], "merge:merge", {"lora": False}),
-        (["merge", "RUN", "--lora", "y", "--rank", "4"], "merge:merge", {"lora": True, "rank": 4}),
-        (["data", "check", "D", "-m", "x"], "datacheck:data_check", {"data": "D"}),
-        (["data", "check", "--data", "D", "-m", "x"], "datacheck:data_check", {"data": "D"}),
-        (["info", "F"], "info:info", {"path": "F"}),
-        (["env"], "info:env", {"json": False}),
+        (TUNE, "verbs.tune:tune", {"iters": 500, "method": ""}),
+        ([*TUNE, "--dry-run"], "verbs.plan:plan", {"output": "run"}),
+        (["plan", "-m", "x", "--data", "d"], "verbs.plan:plan", {"data": "d"}),
+        (["tune", "--dry-run", "-m", "x", "--data", "d"], "verbs.plan:plan", {"data": "d"}),
+        (["replay", "RUN"], "verbs.replay:replay", {"run": "RUN", "output": None}),
+        (["eval", "-m", "x", "--data", "d"], "verbs.evaluate:evaluate", {"delta": None}),
+        (["merge", "RUN", "-o", "y", "--type", "keep"], "verbs.merge:merge", {"lora": False}),
+        (
+            ["merge", "RUN", "--lora", "y", "--rank", "4"],
+            "verbs.merge:merge",
+            {"lora": True, "rank": 4},
+        ),
+        (["data", "check", "D", "-m", "x"], "verbs.data_check:data_check", {"data": "D"}),
+        (["data", "check", "--data", "D", "-m", "x"], "verbs.data_check:data_check", {"data": "D"}),
+        (["info", "F"], "verbs.info:info", {"path": "F"}),
+        (["env"], "verbs.info:env", {"json": False}),
     ],
 )
 def test_verbs(
@@ -101,7 +105,7 @@ def test_lora_names_the_output(called: list[tuple[str, Any]], capsys: Any) -> No
 
 def test_results_go_to_stdout(called: list[tuple[str, Any]], capsys: Any) -> None:
     main(["eval", "-m", "x", "--data", "d", "--json"])
-    assert capsys.readouterr() == ("evaluate:evaluate True\n", "")
+    assert capsys.readouterr() == ("verbs.evaluate:evaluate True\n", "")
 
 
 def test_config_file_under_flags(called: list[tuple[str, Any]], tmp_path: Path) -> None:
@@ -109,14 +113,14 @@ def test_config_file_under_flags(called: list[tuple[str, Any]], tmp_path: Path) 
     file.write_text("model: y.gguf\ndata: d\noutput: r\niters: 5\neps: 1e-2\noverwrite: true\n")
     assert main(["tune", "--config", str(file), "--iters", "7", "--no-overwrite"]) == 0
     expected = TuneConfig(model="y.gguf", data="d", output="r", iters=7, eps=0.01)
-    assert called == [("tune:tune", expected)]
+    assert called == [("verbs.tune:tune", expected)]
     file.write_text("itres: 5\n")
     assert main(["tune", "--config", str(file)]) == 2
 
 
 def test_resume_needs_and_takes_no_other_option(called: list[tuple[str, Any]], capsys: Any) -> None:
     assert main(["tune", "--resume", "RUN"]) == 0
-    assert called == [("tune:resume", "RUN")]
+    assert called == [("verbs.tune:resume", "RUN")]
     for extra in (["--iters", "5"], ["--config", "x.yaml"], ["--dry-run"], ["-m", "x"]):
         assert main(["tune", "--resume", "RUN", *extra]) == 2
         assert "leave out --" in capsys.readouterr().err
@@ -246,8 +250,6 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "merge", "tune"])
 def test_verbs_stay_functions_when_their_module_is_imported(name: str) -> None:
-    code = f"import importlib, zo_gguf; m = importlib.import_module('zo_gguf.{name}'); " + (
-        f"assert zo_gguf.{name} is m.{name}; from zo_gguf.{name} import {name}"
-    )
+    code = f"import zo_gguf, zo_gguf.verbs.{name} as m; assert zo_gguf.{name} is m.{name}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert not isinstance(getattr(zo_gguf, name), types.ModuleType)
