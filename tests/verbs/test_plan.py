@@ -119,7 +119,9 @@ def test_too_large_a_model_is_refused(
 def test_what_tune_refuses_is_refused(
     tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
-    given = dataclasses.replace(config(tiny_export, task_dir, tmp_path / "run"), method="norm")
+    given = config(tiny_export, task_dir, tmp_path / "run")
+    mask = str(tiny_export.mask("Q4_0"))
+    given = dataclasses.replace(given, method="norm", mask=mask)
     for verb in (plan, tune):
         with pytest.raises(ZoError, match="--mask is for --method sensitive, not norm"):
             verb(given)
