@@ -19,6 +19,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import METHODS, start
+from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.run import Run
 from zo_gguf.verbs.info import info
 from zo_gguf.verbs.merge import merge
@@ -136,7 +137,7 @@ def test_info_on_a_delta_of_every_method(
     method: str, tiny_export: SimpleNamespace, task_dir: Path, tmp_path: Path
 ) -> None:
     dense = {"train": "norm"} if method == "dense" else {}
-    config = TuneConfig(**options(tiny_export, task_dir, tmp_path, method=method, **dense))
+    config = settle(TuneConfig(**options(tiny_export, task_dir, tmp_path, method=method, **dense)))
     delta: Delta = start(config, GgufFile(config.model))
     delta.save(tmp_path / "d.safetensors")
     result = info(InfoConfig(path=str(tmp_path / "d.safetensors")))
@@ -242,7 +243,7 @@ def test_what_verbs_print_as_json(
     assert main(["plan", *files, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_step"] > 0
     assert main(["plan", *files, "--method", "norm", "--mask", "m"]) == 2
-    assert "leave --mask out" in capsys.readouterr().err
+    assert "--mask is for --method sensitive, not norm" in capsys.readouterr().err
 
 
 def test_validations_in_a_log_have_their_step(
