@@ -16,6 +16,8 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "gpu/gpu.h"
+#include "graph/node.h"
+#include "graph/recorder.h"
 #include "params/gain.h"
 #include "params/inplace.h"
 #include "params/lowrank.h"
@@ -27,6 +29,10 @@ namespace {
 constexpr std::string_view OUTPUT_NODE = "result_output";
 
 using zo::column_range;
+using zo::columns_at;
+using zo::host_view;
+using zo::in_host_memory;
+using zo::n_columns;
 using zo::weight_name;
 
 std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
@@ -38,34 +44,6 @@ std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
         ranges.back().end = i + 1;
     }
     return ranges;
-}
-
-// The columns of a node, where its bytes start at `data`.
-zo::columns columns_at(char * data, const ggml_tensor * t) {
-    return { data, t->ne[1], t->ne[2], t->nb[1], t->nb[2], t->nb[3] };
-}
-
-// A node's matrix in host memory: the tensor's own bytes, or a copy of them.
-struct host_view {
-    std::vector<char> copy;
-    char *            data = nullptr;
-
-    host_view(const ggml_tensor * t, bool staged) {
-        if (staged) {
-            copy.resize(ggml_nbytes(t));
-            ggml_backend_tensor_get(t, copy.data(), 0, copy.size());
-        }
-        data = staged ? copy.data() : (char *) t->data;
-    }
-};
-
-bool in_host_memory(const ggml_tensor * t) {
-    ggml_backend_buffer * buffer = t->view_src != nullptr ? t->view_src->buffer : t->buffer;
-    return buffer == nullptr || ggml_backend_buffer_is_host(buffer);
-}
-
-int64_t n_columns(const ggml_tensor * t) {
-    return t->ne[1] * t->ne[2] * t->ne[3];
 }
 
 // What is added to the product with one weight; either may be NULL.
@@ -89,6 +67,13 @@ void list_silent(const Table * table, const std::vector<int32_t> & fired, std::s
     }
 }
 
+void count(std::vector<int32_t> & fired, uint32_t id) {
+    if (fired.size() <= id) {  // added after the decode was announced
+        fired.resize(id + 1);
+    }
+    fired[id] += 1;
+}
+
 template <typename Table>
 void reset_fired(const Table * table, std::vector<int32_t> & fired) {
     fired.assign(table != nullptr ? table->weights.size() : 0, 0);
@@ -101,6 +86,7 @@ struct zo_hook {
     zo_inplace *       inplace      = nullptr;
     zo_lowrank *       lowrank      = nullptr;
     zo_gain *          gain         = nullptr;
+    zo_recorder *      recorder     = nullptr;
     int                n_threads    = 1;
     bool               force_staged = false;
     zo::sparse_scratch scratch;
@@ -187,10 +173,10 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
         return false;
     }
     if (added.sparse != nullptr) {
-        fired[added.sparse->id] += 1;
+        count(fired, added.sparse->id);
     }
     if (added.lowrank != nullptr) {
-        lowrank_fired[added.lowrank->id] += 1;
+        count(lowrank_fired, added.lowrank->id);
     }
     zo::gpu * gpu = device_of(node);
     if (gpu != nullptr && gpu == device_of(x)) {
@@ -270,7 +256,7 @@ bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
     for (const column_range & range : *ranges) {
         rows.push_back({ range.first * n_heads, range.end * n_heads, range.branch });
     }
-    gain_fired[weight.id] += 1;
+    count(gain_fired, weight.id);
     if (zo::gpu * gpu = device_of(node)) {
         gpu->multiply(weight, columns_at((char *) node->data, node), rows);
         gpu->finish();
@@ -310,6 +296,9 @@ bool zo_hook::losses(const ggml_tensor * node) {
 }
 
 bool zo_hook::on_node(ggml_tensor * node) {
+    if (recorder != nullptr && recorder->wants(node)) {
+        recorder->record(node, force_staged);
+    }
     if (const zo::gain_weight * weight = find_gain(node)) {
         return apply_gain(node, *weight);
     }
@@ -322,13 +311,14 @@ bool zo_hook::on_node(ggml_tensor * node) {
 }
 
 bool zo_hook::wants(const ggml_tensor * node) {
-    const bool output = open && OUTPUT_NODE == node->name;
+    const bool output   = open && OUTPUT_NODE == node->name;
+    const bool recorded = recorder != nullptr && recorder->wants(node);
     if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID) {
-        return output || find_gain(node) != nullptr;
+        return output || recorded || find_gain(node) != nullptr;
     }
     const overlays added = find(node);
     prepare(node, added);
-    return output || added.any();
+    return output || recorded || added.any();
 }
 
 bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
@@ -381,6 +371,16 @@ void zo_hook_free(zo_hook * hook) {
         hook->inplace->leave_hook();
     }
     delete hook;
+}
+
+zo_status zo_hook_set_recorder(zo_hook * hook, zo_recorder * recorder) {
+    return guarded([&] {
+        if (hook == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_hook_set_recorder got a null pointer");
+        }
+        hook->recorder = recorder;
+        return ZO_OK;
+    });
 }
 
 static zo_status check_batch(const zo_batch & batch) {

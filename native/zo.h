@@ -33,12 +33,13 @@ struct ggml_tensor;
 struct llama_sampler;
 struct llama_sampler_data;
 
-typedef struct zo_store   zo_store;
-typedef struct zo_inplace zo_inplace;
-typedef struct zo_lowrank zo_lowrank;
-typedef struct zo_gain    zo_gain;
-typedef struct zo_tensors zo_tensors;
-typedef struct zo_hook    zo_hook;
+typedef struct zo_recorder zo_recorder;
+typedef struct zo_store    zo_store;
+typedef struct zo_inplace  zo_inplace;
+typedef struct zo_lowrank  zo_lowrank;
+typedef struct zo_gain     zo_gain;
+typedef struct zo_tensors  zo_tensors;
+typedef struct zo_hook     zo_hook;
 
 typedef enum zo_status {
     ZO_OK       = 0,
@@ -199,6 +200,30 @@ ZO_API int32_t zo_tensors_missing(const zo_tensors * tensors);
 ZO_API zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data,
                                 int64_t n_bytes);
 
+// ---- recorder: what weights are multiplied by --------------------------------------------------------
+
+ZO_API zo_status zo_recorder_init(zo_recorder ** recorder);
+ZO_API void      zo_recorder_free(zo_recorder * recorder);
+
+// Appends a weight whose products take inputs of n_cols values.
+ZO_API zo_status zo_recorder_add(zo_recorder * recorder, const char * name, int64_t n_cols);
+
+// Before llama_decode, beside zo_hook_begin: how many tokens it has, those of them to record, and those that
+// are outputs, both ascending. What was recorded before is dropped.
+ZO_API zo_status zo_recorder_begin(zo_recorder * recorder, int32_t n_tokens, int32_t n_kept,
+                                   const int32_t * kept, int32_t n_outputs, const int32_t * outputs);
+
+// After it: the number of the input that the number-th weight was multiplied by, -1 if that was no plain
+// matrix product, and how many of its rows were recorded. Weights that read the same have the same input.
+// Where the engine drops all tokens but the outputs before the product, the others have no rows.
+ZO_API zo_status zo_recorder_find(const zo_recorder * recorder, int32_t number, int32_t * input,
+                                  int32_t * n_rows);
+
+// That input, x [n_rows][n_cols], and the tokens [n_rows] that its rows belong to. Fails where there is none,
+// with the reason.
+ZO_API zo_status zo_recorder_read(const zo_recorder * recorder, int32_t number, int32_t n_rows,
+                                  int64_t n_cols, int32_t * tokens, float * x);
+
 // ---- logits that stay where they are ----------------------------------------------------------------
 
 // backend_init and backend_apply of a llama_sampler_i (llama.h) that has nothing copied to the host.
@@ -234,6 +259,9 @@ ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride
 ZO_API zo_status zo_hook_init(zo_hook ** hook, zo_store * store, zo_inplace * inplace, zo_lowrank * lowrank,
                               zo_gain * gain, int32_t n_threads, bool force_staged);
 ZO_API void      zo_hook_free(zo_hook * hook);
+
+// Decodes that are announced to `recorder` too are recorded; NULL: none. It must outlive the hook.
+ZO_API zo_status zo_hook_set_recorder(zo_hook * hook, zo_recorder * recorder);
 
 // The engine's callback; `hook` is its user data.
 ZO_API bool zo_hook_eval(struct ggml_tensor * node, bool ask, void * hook);

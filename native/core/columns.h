@@ -16,11 +16,11 @@ struct columns {
     int64_t ne1 = 1, ne2 = 1;
     size_t  nb1 = 0, nb2 = 0, nb3 = 0;
 
-    ZO_HD float * at(int64_t t) const {
+    ZO_HD size_t offset(int64_t t) const {
         const int64_t t1 = t % ne1, rest = t / ne1;
-        return (float *) (data + t1 * (int64_t) nb1 + (rest % ne2) * (int64_t) nb2 +
-                          (rest / ne2) * (int64_t) nb3);
+        return (size_t) t1 * nb1 + (size_t) (rest % ne2) * nb2 + (size_t) (rest / ne2) * nb3;
     }
+    ZO_HD float * at(int64_t t) const { return (float *) (data + offset(t)); }
 };
 
 // Consecutive columns of one branch.

@@ -30,6 +30,7 @@ struct named_weights {
         const auto it = by_name.find(name);
         return it == by_name.end() ? nullptr : &weights[it->second];
     }
+    bool has(int32_t number) const { return number >= 0 && (size_t) number < weights.size(); }
     // The name must be new.
     void append(Weight weight) {
         weight.id = (uint32_t) weights.size();

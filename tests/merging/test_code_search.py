@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from tests.helpers.tiny_gguf import WIDTH, packed, random_delta, write_llama
 from zo_gguf.data.dataset import Example
-from zo_gguf.engine import activations
-from zo_gguf.engine.activations import InputSample, sample_inputs
+from zo_gguf.engine import readout
+from zo_gguf.engine.readout import InputSample, sample_inputs
 from zo_gguf.gguf_files.blocks import layout_of, read_blocks
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging import code_search
@@ -236,7 +236,7 @@ def test_inputs_are_the_tuned_models(tuned: tuple[GgufFile, Delta]) -> None:
 def test_long_rows_are_thinned_out(
     tuned: tuple[GgufFile, Delta], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "MAX_SAMPLES", 16)
+    monkeypatch.setattr(readout, "MAX_SAMPLES", 16)
     base, delta = tuned
     tokens = [1, *range(100, 160)]
     counted = [False] * 40 + [True] * 21

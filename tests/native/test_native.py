@@ -14,6 +14,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.libzo import NORMAL, ON_CPU, RADEMACHER, Branch, Store, pointer
 
 HEADER = Path(__file__).resolve().parents[2] / "native" / "zo.h"
+HANDLES = set(re.findall(r"typedef struct (zo_\w+)\s+\1;", HEADER.read_text()))
 C_NAMES = {
     "int32_t": "c_int",
     "int64_t": "c_long",
@@ -244,7 +245,7 @@ def c_name(declaration: str) -> str:
         return "c_void_p" if stars else "None"
     if base == "char":
         return "c_char_p"
-    if base in ("zo_store", "zo_inplace", "zo_lowrank", "zo_gain", "zo_tensors", "zo_hook"):
+    if base in HANDLES:
         return "c_void_p" if stars == 1 else "LP_c_void_p"
     if base.startswith(("ggml_", "llama_")):
         return "c_void_p"

@@ -37,7 +37,7 @@ def ggml(name: str, result: Any, *arguments: Any) -> Any:
 class Graph:
     """A product with each of some matrices, in one buffer of host memory."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], n_tokens: int = 3) -> None:
         ggml_init = ggml("ggml_init", Pointer, InitParams)
         matrix = ggml(
             "ggml_new_tensor_2d", Pointer, Pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
@@ -49,9 +49,9 @@ class Graph:
         self.matrices = {name: matrix(self.context, F32, N_COLS, N_ROWS) for name in names}
         for name in names:
             self.rename(name, name)
-        x = matrix(self.context, F32, N_COLS, 3)
+        self.x = matrix(self.context, F32, N_COLS, n_tokens)
         self.buffer = fill(self.context, memory)
-        self.nodes = {n: product(self.context, w, x) for n, w in self.matrices.items()}
+        self.nodes = {n: product(self.context, w, self.x) for n, w in self.matrices.items()}
 
     def rename(self, name: str, to: str) -> None:
         """Give a matrix another name in ggml."""
@@ -65,6 +65,13 @@ class Graph:
         built = new(self.context, 16, False)
         for node in self.nodes.values():
             expand(built, node)
+
+    def set_input(self, x: np.ndarray) -> None:
+        """What the matrices are multiplied by, (n_tokens, N_COLS) f32."""
+        put = ggml(
+            "ggml_backend_tensor_set", None, Pointer, Pointer, ctypes.c_size_t, ctypes.c_size_t
+        )
+        put(self.x, x.ctypes.data, 0, x.nbytes)
 
     @property
     def usage(self) -> int:

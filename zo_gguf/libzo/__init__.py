@@ -6,6 +6,7 @@ from zo_gguf.libzo.handles import LowRank as LowRank
 from zo_gguf.libzo.handles import Store as Store
 from zo_gguf.libzo.handles import Tensors as Tensors
 from zo_gguf.libzo.hook import Hook as Hook
+from zo_gguf.libzo.hook import Recorder as Recorder
 from zo_gguf.libzo.library import Library as Library
 from zo_gguf.libzo.library import address as address
 from zo_gguf.libzo.library import load as load

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from zo_gguf.data.dataset import Example
-from zo_gguf.engine.activations import MAX_SAMPLES, InputSample, sample_inputs
+from zo_gguf.engine.readout import MAX_SAMPLES, InputSample, sample_inputs
 from zo_gguf.gguf_files.blocks import layout_of
 from zo_gguf.gguf_files.file import GgufFile, dequantize_rows
 from zo_gguf.merging.code_search import choose_codes
