@@ -1,6 +1,5 @@
 // What libzo says of itself, and its kernels called by themselves on host arrays.
 
-#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -81,10 +80,10 @@ zo_status zo_lowrank_apply(zo_lowrank * lowrank, int32_t branch, int32_t number,
                            const float * x, int64_t x_stride, float * y, int64_t y_stride, int32_t n_threads,
                            int32_t device) {
     return guarded([&] {
-        if (lowrank == nullptr || x == nullptr || y == nullptr || number < 0 ||
-            (size_t) number >= lowrank->weights.size() || branch < 0 ||
-            (size_t) branch >= lowrank->n_branches(lowrank->weights[(size_t) number]) || n_tokens < 0) {
-            return fail(ZO_ARGUMENT, "zo_lowrank_apply got a weight or branch out of range");
+        if (lowrank == nullptr || x == nullptr || y == nullptr || !lowrank->has(number) || branch < 0 ||
+            (size_t) branch >= lowrank->n_branches(lowrank->weights[(size_t) number]) || n_tokens < 0 ||
+            n_threads < 1) {
+            return fail(ZO_ARGUMENT, "zo_lowrank_apply got a weight, branch or number out of range");
         }
         const zo::lowrank_weight & weight = lowrank->weights[(size_t) number];
         if (x_stride < weight.n_cols || y_stride < weight.n_rows) {
@@ -106,24 +105,24 @@ zo_status zo_lowrank_apply(zo_lowrank * lowrank, int32_t branch, int32_t number,
     });
 }
 
-zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
-                    const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
-                    int32_t device, double * nll) {
+zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_outputs,
+                    int32_t n_targets, const int32_t * target_output, const int32_t * target_token,
+                    int32_t n_threads, int32_t device, double * nll) {
     return guarded([&] {
-        if (logits == nullptr || nll == nullptr || n_vocab < 1 || stride < n_vocab || n_targets < 1) {
-            return fail(ZO_ARGUMENT, "zo_losses got a null pointer or a wrong size");
+        if (logits == nullptr || target_output == nullptr || target_token == nullptr || nll == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_losses got a null pointer");
+        }
+        if (n_vocab < 1 || stride < n_vocab || n_outputs < 1 || n_targets < 1 || n_threads < 1) {
+            return fail(ZO_ARGUMENT, "zo_losses got a size or a number of threads out of range");
         }
         const zo::targets wanted{ { target_output, target_output + n_targets },
                                   { target_token, target_token + n_targets } };
-        for (const int32_t token : wanted.token) {
-            if (token < 0 || token >= n_vocab) {
-                return fail(ZO_ARGUMENT, "a target lies outside the vocabulary");
-            }
+        if (!wanted.fit(n_outputs, n_vocab)) {
+            return fail(ZO_ARGUMENT, "targets must be tokens of the vocabulary at ascending outputs");
         }
         const size_t bytes = (size_t) stride * sizeof(float);
         if (device >= 0) {
-            const auto   last = *std::max_element(wanted.output.begin(), wanted.output.end());
-            const size_t size = (size_t) last * bytes + (size_t) n_vocab * sizeof(float);
+            const size_t size = (size_t) (n_outputs - 1) * bytes + (size_t) n_vocab * sizeof(float);
             const std::unique_ptr<zo::gpu> gpu = zo::open_gpu(device);
             gpu->losses(gpu->lend(logits, size), n_vocab, bytes, wanted, nll);
             return ZO_OK;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,6 +15,7 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "gpu/gpu.h"
+#include "graph/batch.h"
 #include "graph/node.h"
 #include "graph/recorder.h"
 #include "params/gain.h"
@@ -34,17 +34,6 @@ using zo::host_view;
 using zo::in_host_memory;
 using zo::n_columns;
 using zo::weight_name;
-
-std::vector<column_range> ranges_of(const int32_t * branch, int64_t n) {
-    std::vector<column_range> ranges;
-    for (int64_t i = 0; i < n; ++i) {
-        if (ranges.empty() || ranges.back().branch != branch[i]) {
-            ranges.push_back({ i, i, branch[i] });
-        }
-        ranges.back().end = i + 1;
-    }
-    return ranges;
-}
 
 // What is added to the product with one weight; either may be NULL.
 struct overlays {
@@ -92,17 +81,13 @@ struct zo_hook {
     zo::sparse_scratch scratch;
     zo::gpus           devices;
 
-    bool                      open = false;  // between begin and end with a batch
-    std::vector<zo_branch>    branches;
-    std::vector<column_range> tokens, outputs;
-    int64_t                   n_tokens = 0, n_outputs = 0;
-    zo::targets               wanted;
-    std::vector<double>       nll;
-    bool                      saw_output = false;
-    std::vector<int32_t>      fired;          // [weights of store] matrix products seen
-    std::vector<int32_t>      lowrank_fired;  // [weights of lowrank]
-    std::vector<int32_t>      gain_fired;     // [weights of gain]
-    std::string               error;          // first failure inside a callback
+    zo::decode_batch     batch;
+    std::vector<double>  nll;
+    bool                 saw_output = false;
+    std::vector<int32_t> fired;          // [weights of store] matrix products seen
+    std::vector<int32_t> lowrank_fired;  // [weights of lowrank]
+    std::vector<int32_t> gain_fired;     // [weights of gain]
+    std::string          error;          // first failure inside a callback
 
     // Whether the node's result is to be seen once it is computed.
     bool     wants(const ggml_tensor * node);
@@ -122,11 +107,7 @@ struct zo_hook {
 
     // The gain of an element-wise product, NULL where there is none.
     const zo::gain_weight * find_gain(const ggml_tensor * node) const;
-    // What n columns of a weight's product are: ranges of tokens or outputs. Refuses other numbers, and is
-    // NULL then; `all` holds the one range of a batch that was not announced.
-    const std::vector<column_range> * columns_of(const std::string & name, int64_t n,
-                                                 std::vector<column_range> & all);
-    bool                              refuse(std::string text);
+    bool                    refuse(std::string text);
 };
 
 bool zo_hook::refuse(std::string text) {
@@ -148,7 +129,7 @@ overlays zo_hook::find(const ggml_tensor * node) const {
 void zo_hook::add(const overlays & added, int32_t branch, const zo::columns & x, const zo::columns & y,
                   int64_t first, int64_t end) {
     if (added.sparse != nullptr) {
-        const float * values = store->branch_values(*added.sparse, branches[(size_t) branch]);
+        const float * values = store->branch_values(*added.sparse, batch.branches[(size_t) branch]);
         zo::sparse_apply(*added.sparse, values, x, y, first, end, n_threads, scratch);
     }
     if (added.lowrank != nullptr) {
@@ -167,11 +148,7 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
         x->ne[0] != added.n_cols() || node->ne[0] != added.n_rows()) {
         return refuse("the matrix product with " + added.name() + " has an unexpected shape or type");
     }
-    std::vector<column_range>         all;
-    const std::vector<column_range> * ranges = columns_of(added.name(), n_columns(node), all);
-    if (ranges == nullptr) {
-        return false;
-    }
+    const std::vector<column_range> ranges = batch.ranges(added.name(), n_columns(node));
     if (added.sparse != nullptr) {
         count(fired, added.sparse->id);
     }
@@ -180,13 +157,13 @@ bool zo_hook::overlay(ggml_tensor * node, const overlays & added) {
     }
     zo::gpu * gpu = device_of(node);
     if (gpu != nullptr && gpu == device_of(x)) {
-        add_on(*gpu, added, columns_at((char *) x->data, x), columns_at((char *) node->data, node), *ranges);
+        add_on(*gpu, added, columns_at((char *) x->data, x), columns_at((char *) node->data, node), ranges);
         return true;
     }
     const bool  staged = force_staged || !in_host_memory(node) || !in_host_memory(x);
     host_view   in(x, staged), out(node, staged);
     zo::columns x_columns = columns_at(in.data, x), y_columns = columns_at(out.data, node);
-    for (const column_range & range : *ranges) {
+    for (const column_range & range : ranges) {
         add(added, range.branch, x_columns, y_columns, range.first, range.end);
     }
     if (staged) {
@@ -202,7 +179,7 @@ zo::gpu * zo_hook::device_of(const ggml_tensor * t) {
 void zo_hook::add_on(zo::gpu & gpu, const overlays & added, const zo::columns & x, const zo::columns & y,
                      const std::vector<column_range> & ranges) {
     if (added.sparse != nullptr) {
-        gpu.add_sparse(*store, *added.sparse, branches, x, y, ranges);
+        gpu.add_sparse(*store, *added.sparse, batch.branches, x, y, ranges);
     }
     if (added.lowrank != nullptr) {
         gpu.add_lowrank(*lowrank, *added.lowrank, x, y, ranges);
@@ -213,23 +190,8 @@ void zo_hook::add_on(zo::gpu & gpu, const overlays & added, const zo::columns & 
 void zo_hook::prepare(const ggml_tensor * node, const overlays & added) {
     zo::gpu * gpu = added.sparse != nullptr ? device_of(node) : nullptr;
     if (gpu != nullptr) {
-        gpu->prepare(*store, *added.sparse, branches);
+        gpu->prepare(*store, *added.sparse, batch.branches);
     }
-}
-
-const std::vector<column_range> * zo_hook::columns_of(const std::string & name, int64_t n,
-                                                      std::vector<column_range> & all) {
-    if (!open) {
-        all.assign(1, { 0, n, 0 });
-        return &all;
-    }
-    if (n != n_tokens && n != n_outputs) {
-        refuse("the engine split the batch: " + name + " got " + std::to_string(n) + " columns instead of " +
-               std::to_string(n_tokens));
-        return nullptr;
-    }
-    // The engine drops all but the output columns somewhere in the last layer.
-    return n == n_tokens ? &tokens : &outputs;
 }
 
 const zo::gain_weight * zo_hook::find_gain(const ggml_tensor * node) const {
@@ -245,15 +207,10 @@ bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
         return refuse("the product with " + weight.name + " has an unexpected shape or type");
     }
     // The norms of heads have [n, heads, tokens] values, others [n, tokens].
-    const bool                        of_heads = node->ne[2] > 1 || (open && n_tokens == 1);
-    const int64_t                     n_heads  = of_heads ? node->ne[1] : 1;
-    std::vector<column_range>         all;
-    const std::vector<column_range> * ranges = columns_of(weight.name, n_columns(node) / n_heads, all);
-    if (ranges == nullptr) {
-        return false;
-    }
+    const bool                of_heads = node->ne[2] > 1 || (!batch.any && batch.n_tokens == 1);
+    const int64_t             n_heads  = of_heads ? node->ne[1] : 1;
     std::vector<column_range> rows;  // of n values: columns, or their heads
-    for (const column_range & range : *ranges) {
+    for (const column_range & range : batch.ranges(weight.name, n_columns(node) / n_heads)) {
         rows.push_back({ range.first * n_heads, range.end * n_heads, range.branch });
     }
     count(gain_fired, weight.id);
@@ -275,11 +232,11 @@ bool zo_hook::apply_gain(ggml_tensor * node, const zo::gain_weight & weight) {
 }
 
 bool zo_hook::losses(const ggml_tensor * node) {
-    if (n_columns(node) != n_outputs || node->type != GGML_TYPE_F32) {
+    if (n_columns(node) != batch.n_outputs || node->type != GGML_TYPE_F32) {
         return refuse("the output node has " + std::to_string(n_columns(node)) + " columns instead of " +
-                      std::to_string(n_outputs));
+                      std::to_string(batch.n_outputs));
     }
-    for (const int32_t token : wanted.token) {
+    for (const int32_t token : batch.wanted.token) {
         if (token >= node->ne[0]) {
             return refuse("target token " + std::to_string(token) + " is outside the vocabulary of " +
                           std::to_string(node->ne[0]));
@@ -287,11 +244,11 @@ bool zo_hook::losses(const ggml_tensor * node) {
     }
     saw_output = true;
     if (zo::gpu * gpu = device_of(node)) {
-        gpu->losses((const char *) node->data, node->ne[0], node->nb[1], wanted, nll.data());
+        gpu->losses((const char *) node->data, node->ne[0], node->nb[1], batch.wanted, nll.data());
         return true;
     }
     const host_view logits(node, force_staged || !in_host_memory(node));
-    zo::negative_log_likelihoods(logits.data, node->ne[0], node->nb[1], wanted, n_threads, nll.data());
+    zo::negative_log_likelihoods(logits.data, node->ne[0], node->nb[1], batch.wanted, n_threads, nll.data());
     return true;
 }
 
@@ -307,11 +264,11 @@ bool zo_hook::on_node(ggml_tensor * node) {
     if (added.any() && node->op != GGML_OP_GET_ROWS && !overlay(node, added)) {
         return false;
     }
-    return !open || OUTPUT_NODE != node->name || losses(node);
+    return batch.any || OUTPUT_NODE != node->name || losses(node);
 }
 
 bool zo_hook::wants(const ggml_tensor * node) {
-    const bool output   = open && OUTPUT_NODE == node->name;
+    const bool output   = !batch.any && OUTPUT_NODE == node->name;
     const bool recorded = recorder != nullptr && recorder->wants(node);
     if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID) {
         return output || recorded || find_gain(node) != nullptr;
@@ -383,64 +340,30 @@ zo_status zo_hook_set_recorder(zo_hook * hook, zo_recorder * recorder) {
     });
 }
 
-static zo_status check_batch(const zo_batch & batch) {
-    if (batch.n_tokens < 1 || batch.n_outputs < 1 || batch.n_outputs > batch.n_tokens ||
-        batch.n_branches < 1 || batch.n_targets < 1) {
-        return fail(ZO_ARGUMENT, "a batch needs tokens, outputs, branches and targets");
-    }
-    const auto in_range = [](const int32_t * a, int32_t n, int32_t limit) {
-        return std::all_of(a, a + n, [&](int32_t v) { return v >= 0 && v < limit; });
-    };
-    if (!in_range(batch.token_branch, batch.n_tokens, batch.n_branches) ||
-        !in_range(batch.output_branch, batch.n_outputs, batch.n_branches) ||
-        !in_range(batch.target_output, batch.n_targets, batch.n_outputs) ||
-        !std::is_sorted(batch.target_output, batch.target_output + batch.n_targets) ||
-        std::any_of(batch.target_token, batch.target_token + batch.n_targets,
-                    [](int32_t t) { return t < 0; })) {
-        return fail(ZO_ARGUMENT, "a batch refers to a branch, output or token that does not exist");
-    }
-    return ZO_OK;
-}
-
 zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch) {
     return guarded([&] {
         if (hook == nullptr) {
             return fail(ZO_ARGUMENT, "zo_hook_begin got a null pointer");
         }
-        hook->error.clear();
-        hook->saw_output = false;
-        reset_fired(hook->store, hook->fired);
-        reset_fired(hook->lowrank, hook->lowrank_fired);
-        reset_fired(hook->gain, hook->gain_fired);
-        hook->open = false;
-        hook->branches.assign(1, zo_branch{ 0, 0.0f });
-        if (batch == nullptr) {
-            return ZO_OK;
-        }
-        const zo_status status = check_batch(*batch);
+        const zo_status status = zo::read_batch(batch, hook->batch);
         if (status != ZO_OK) {
             return status;
         }
-        hook->open      = true;
-        hook->n_tokens  = batch->n_tokens;
-        hook->n_outputs = batch->n_outputs;
-        hook->branches.assign(batch->branches, batch->branches + batch->n_branches);
-        hook->tokens  = ranges_of(batch->token_branch, batch->n_tokens);
-        hook->outputs = ranges_of(batch->output_branch, batch->n_outputs);
-        hook->wanted.output.assign(batch->target_output, batch->target_output + batch->n_targets);
-        hook->wanted.token.assign(batch->target_token, batch->target_token + batch->n_targets);
-        hook->nll.assign((size_t) batch->n_targets, NAN);
-        if (hook->store != nullptr) {
-            std::vector<uint64_t> seeds;
-            for (const zo_branch & branch : hook->branches) {
-                if (branch.scale != 0) {
-                    seeds.push_back(branch.seed);
-                }
+        hook->error.clear();
+        hook->saw_output = false;
+        hook->nll.assign(hook->batch.wanted.output.size(), NAN);
+        reset_fired(hook->store, hook->fired);
+        reset_fired(hook->lowrank, hook->lowrank_fired);
+        reset_fired(hook->gain, hook->gain_fired);
+        std::vector<uint64_t> seeds;
+        for (const zo_branch & branch : hook->batch.branches) {
+            if (branch.scale != 0) {
+                seeds.push_back(branch.seed);
             }
-            // A pass at theta itself needs no noise; what the next commit will want stays cached.
-            if (!seeds.empty()) {
-                hook->store->keep_noise(seeds);
-            }
+        }
+        // A pass at theta itself needs no noise; what the next commit will want stays cached.
+        if (hook->store != nullptr && !seeds.empty()) {
+            hook->store->keep_noise(seeds);
         }
         return ZO_OK;
     });
@@ -455,13 +378,13 @@ zo_status zo_hook_check(const zo_hook * hook) {
     });
 }
 
-zo_status zo_hook_end(zo_hook * hook, double * nll) {
+zo_status zo_hook_end(zo_hook * hook, int32_t n_targets, double * nll) {
     return guarded([&] {
         if (hook == nullptr) {
             return fail(ZO_ARGUMENT, "zo_hook_end got a null pointer");
         }
-        const bool had_batch = hook->open;
-        hook->open           = false;
+        const bool had_batch = !hook->batch.any;
+        hook->batch          = {};
         if (!hook->error.empty()) {
             return fail(ZO_GRAPH, hook->error);
         }
@@ -476,9 +399,10 @@ zo_status zo_hook_end(zo_hook * hook, double * nll) {
         if (had_batch && !hook->saw_output) {
             return fail(ZO_GRAPH, "the engine's graph has no node named result_output");
         }
-        if (had_batch && nll != nullptr) {
-            std::memcpy(nll, hook->nll.data(), hook->nll.size() * sizeof(double));
+        const zo_status status = zo::check_array("zo_hook_end", nll, n_targets, (int64_t) hook->nll.size());
+        if (status == ZO_OK) {
+            std::copy(hook->nll.begin(), hook->nll.end(), nll);
         }
-        return ZO_OK;
+        return status;
     });
 }

@@ -89,8 +89,22 @@ ZO_API int64_t zo_gpu_launches(void);
 // compiled with. Anything but ZO_OK means that installing a hook would read garbage.
 ZO_API zo_status zo_check_engine(void);
 
+// Branches of a decode, at most.
+#define ZO_MAX_BRANCHES 4096
+
 // Text of the last failure on this thread, never NULL.
 ZO_API const char * zo_last_error(void);
+
+// Which parameters a tensor of the noise belongs to.
+typedef enum zo_part {
+    ZO_SPARSE  = 0,
+    ZO_INPLACE = 1,
+    ZO_LOWRANK = 2,
+    ZO_GAIN    = 3,
+} zo_part;
+
+// The noise's number of the index-th tensor of a part, so that several parts may be trained together.
+#define ZO_TENSOR(part, index) (((uint32_t) (part) << 30) + (uint32_t) (index))
 
 // n values z[first .. first+n) of tensor number `tensor` under `seed`. The same bits on every machine and
 // for any split of the range.
@@ -106,12 +120,14 @@ ZO_API void      zo_store_free(zo_store * store);
 ZO_API zo_status zo_store_add(zo_store * store, const char * name, int64_t n_rows, int64_t n_cols,
                               int64_t nnz, const int64_t * indices, const float * theta);
 
-ZO_API int64_t   zo_store_size(const zo_store * store);                  // entries of all weights
-ZO_API zo_status zo_store_read(const zo_store * store, float * theta);   // [size]
-ZO_API zo_status zo_store_write(zo_store * store, const float * theta);  // [size]
+ZO_API int64_t zo_store_size(const zo_store * store);  // entries of all weights
 
-// z[size] as a branch with this seed has it.
-ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z);
+// The masters of all weights; n must be the size.
+ZO_API zo_status zo_store_read(const zo_store * store, int64_t n, float * theta);
+ZO_API zo_status zo_store_write(zo_store * store, int64_t n, const float * theta);
+
+// z of all of them, as a branch with this seed has it.
+ZO_API zo_status zo_store_noise(zo_store * store, uint64_t seed, int64_t n, float * z);
 
 // ---- in place: values inside the bytes of loaded weights --------------------------------------------
 
@@ -140,11 +156,13 @@ ZO_API void      zo_inplace_free(zo_inplace * inplace);
 ZO_API zo_status zo_inplace_add(zo_inplace * inplace, const char * name, const zo_field * field,
                                 int64_t n_bytes, const float * theta);
 
-ZO_API int64_t   zo_inplace_size(const zo_inplace * inplace);
-ZO_API zo_status zo_inplace_read(const zo_inplace * inplace, float * theta);                     // [size]
-ZO_API zo_status zo_inplace_write(zo_inplace * inplace, const float * theta);                    // [size]
-ZO_API zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, float * z);         // [size]
-ZO_API zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, float * live);  // [size]
+ZO_API int64_t zo_inplace_size(const zo_inplace * inplace);
+
+// Of all tensors, with n the size: the masters, z, and the live values of a branch.
+ZO_API zo_status zo_inplace_read(const zo_inplace * inplace, int64_t n, float * theta);
+ZO_API zo_status zo_inplace_write(zo_inplace * inplace, int64_t n, const float * theta);
+ZO_API zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, int64_t n, float * z);
+ZO_API zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, int64_t n, float * live);
 
 // Fails if a tensor was not seen in a decode or lies where it must not be written. Rows that llama.cpp
 // interleaved for the CPU are written as they lie, if the layout is one that the base's scales show.
@@ -160,17 +178,20 @@ ZO_API zo_status zo_lowrank_init(zo_lowrank ** lowrank, zo_distribution distribu
 ZO_API void      zo_lowrank_free(zo_lowrank * lowrank);
 ZO_API zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows, int64_t n_cols);
 
-// The factors of the number-th weight added, in one branch: left [rank][n_rows], transposed for speed, and
-// right [rank][n_cols]. Copied; they stay until they are set again.
+// Sets the factors of the number-th weight added, in one branch: left [rank][n_rows], transposed for speed,
+// with n_left values, and right [rank][n_cols] with n_right. They are copied, and stay until they are set
+// again.
 ZO_API zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
-                                const float * left, const float * right);
+                                int64_t n_left, const float * left, int64_t n_right, const float * right);
 
-// The factors of the number-th weight are trained themselves, as those of a LoRA are: `masters` holds right
-// [rank][n_cols] and then left [rank][n_rows], which counts `factor` times. Copied; no zo_lowrank_set then.
+// Trains the factors of the number-th weight themselves, as those of a LoRA are. The n `masters` are right
+// [rank][n_cols] and then left [rank][n_rows], which counts `factor` times. They are copied. Such a weight
+// must not be given to zo_lowrank_set.
 ZO_API zo_status zo_lowrank_train(zo_lowrank * lowrank, int32_t number, int64_t rank, float factor,
-                                  uint32_t tensor, const float * masters);
+                                  uint32_t tensor, int64_t n, const float * masters);
 
-// Where all such masters are moved to in a branch: z is that of their `tensor` in zo_noise.
+// Moves the masters of all trained factors in a branch to masters + scale * z(seed), where each weight's z
+// is that of its `tensor` in zo_noise.
 ZO_API zo_status zo_lowrank_probe(zo_lowrank * lowrank, int32_t branch, zo_branch probe);
 
 // ---- gains: y *= factors, after an element-wise product with a weight (a norm's) ---------------------
@@ -179,8 +200,10 @@ ZO_API zo_status zo_gain_init(zo_gain ** gain);
 ZO_API void      zo_gain_free(zo_gain * gain);
 ZO_API zo_status zo_gain_add(zo_gain * gain, const char * name, int64_t n);
 
-// The factors [n] of the number-th weight added, in one branch. Copied; they stay until set again.
-ZO_API zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, const float * factors);
+// Sets the factors of the number-th weight added, in one branch; n must be the weight's. They are copied, and
+// stay until they are set again.
+ZO_API zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, int64_t n,
+                             const float * factors);
 
 // ---- tensors: found by name in the graph, rewritten whole -------------------------------------------
 
@@ -191,8 +214,9 @@ ZO_API zo_status zo_tensors_add(zo_tensors * tensors, const char * name, int64_t
 // A callback that only looks where the tensors lie, in one decode; `tensors` is its user data.
 ZO_API bool zo_tensors_eval(struct ggml_tensor * node, bool ask, void * tensors);
 
-// How many tensors cannot be rewritten yet: no decode has used them, or only as copies on a device. The next
-// new context may use the others themselves, once one tensor in the same memory was found.
+// How many tensors cannot be rewritten yet, -1 without `tensors`: no decode has used them, or only as copies
+// on a device. The next new context may use the others themselves, once one tensor in the same memory was
+// found.
 ZO_API int32_t zo_tensors_missing(const zo_tensors * tensors);
 
 // Rewrites the number-th tensor added, wherever it lies; between decodes only. Fails if it is missing, or
@@ -247,10 +271,11 @@ ZO_API zo_status zo_lowrank_apply(zo_lowrank * lowrank, int32_t branch, int32_t 
                                   const float * x, int64_t x_stride, float * y, int64_t y_stride,
                                   int32_t n_threads, int32_t device);
 
-// nll[n_targets] from logits [n_outputs][n_vocab] with `stride` floats between outputs.
-ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_targets,
-                           const int32_t * target_output, const int32_t * target_token, int32_t n_threads,
-                           int32_t device, double * nll);
+// nll[n_targets] from logits [n_outputs][n_vocab] with `stride` floats between outputs. Targets as in a
+// zo_batch.
+ZO_API zo_status zo_losses(const float * logits, int64_t n_vocab, int64_t stride, int32_t n_outputs,
+                           int32_t n_targets, const int32_t * target_output, const int32_t * target_token,
+                           int32_t n_threads, int32_t device, double * nll);
 
 // ---- hook -------------------------------------------------------------------------------------------
 
@@ -274,9 +299,10 @@ ZO_API zo_status zo_hook_begin(zo_hook * hook, const zo_batch * batch);
 // computed: fails with the first refusal since zo_hook_begin.
 ZO_API zo_status zo_hook_check(const zo_hook * hook);
 
-// After llama_decode: nll[n_targets] = logsumexp(logits) - logits[token]. Fails if the graph was not
-// the expected one, if a weight of the store was never multiplied, or if no output node was seen.
-ZO_API zo_status zo_hook_end(zo_hook * hook, double * nll);
+// After llama_decode: nll[n_targets] = logsumexp(logits) - logits[token], with the batch's n_targets, or 0 if
+// zo_hook_begin got none. Fails if the graph was not the expected one, if a weight with parameters was never
+// multiplied by, or if no output node was seen.
+ZO_API zo_status zo_hook_end(zo_hook * hook, int32_t n_targets, double * nll);
 
 #ifdef __cplusplus
 }

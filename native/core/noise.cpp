@@ -82,8 +82,8 @@ void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, i
 
 zo_status zo_noise(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
                    float * z) {
-    if (z == nullptr || first < 0 || n < 0) {
-        return zo::fail(ZO_ARGUMENT, "zo_noise needs a non-negative range and an array");
+    if (z == nullptr || first < 0 || n < 0 || !zo::is_known(distribution)) {
+        return zo::fail(ZO_ARGUMENT, "zo_noise needs a distribution, a non-negative range and an array");
     }
     zo::noise_range(distribution, seed, tensor, first, n, z);
     return ZO_OK;

@@ -24,6 +24,10 @@ ZO_HD void noise_block(bool rademacher, uint64_t seed, uint32_t tensor, uint64_t
     }
 }
 
+inline bool is_known(zo_distribution distribution) {
+    return distribution == ZO_NORMAL || distribution == ZO_RADEMACHER;
+}
+
 // zo_noise without its checks.
 void noise_range(zo_distribution distribution, uint64_t seed, uint32_t tensor, int64_t first, int64_t n,
                  float * z);

@@ -62,6 +62,13 @@ ZO_INLINE static double logsumexp(const float * logits, int64_t n) {
     return (double) max + std::log(total);
 }
 
+bool targets::fit(int64_t n_outputs, int64_t n_vocab) const {
+    const auto in_vocabulary = [&](int32_t t) { return t >= 0 && t < n_vocab; };
+    return !output.empty() && output.size() == token.size() && output.front() >= 0 &&
+           output.back() < n_outputs && std::is_sorted(output.begin(), output.end()) &&
+           std::all_of(token.begin(), token.end(), in_vocabulary);
+}
+
 std::vector<int32_t> first_targets(const targets & wanted) {
     std::vector<int32_t> first;
     const int32_t        n = (int32_t) wanted.output.size();

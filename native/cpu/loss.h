@@ -12,6 +12,9 @@ namespace zo {
 struct targets {
     std::vector<int32_t> output;
     std::vector<int32_t> token;
+
+    // Whether they are tokens of a vocabulary at outputs that there are, in order.
+    bool fit(int64_t n_outputs, int64_t n_vocab) const;
 };
 
 // The targets of one output column lie side by side: where each column's begin, and the end of the last.

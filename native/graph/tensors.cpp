@@ -90,6 +90,9 @@ bool zo_tensors_eval(ggml_tensor * node, bool ask, void * user_data) {
 }
 
 int32_t zo_tensors_missing(const zo_tensors * tensors) {
+    if (tensors == nullptr) {
+        return -1;
+    }
     int32_t missing = 0;
     for (const zo::named_tensor & named : tensors->weights) {
         missing += named.tensor == nullptr || named.copied;
@@ -99,8 +102,7 @@ int32_t zo_tensors_missing(const zo_tensors * tensors) {
 
 zo_status zo_tensors_set(const zo_tensors * tensors, int32_t number, const void * data, int64_t n_bytes) {
     return guarded([&] {
-        if (tensors == nullptr || data == nullptr || number < 0 ||
-            (size_t) number >= tensors->weights.size()) {
+        if (tensors == nullptr || data == nullptr || !tensors->has(number)) {
             return fail(ZO_ARGUMENT, "zo_tensors_set got a null pointer or a number it does not know");
         }
         const zo::named_tensor & named = tensors->weights[(size_t) number];

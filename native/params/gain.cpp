@@ -38,17 +38,20 @@ zo_status zo_gain_add(zo_gain * gain, const char * name, int64_t n) {
     });
 }
 
-zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, const float * factors) {
+zo_status zo_gain_set(zo_gain * gain, int32_t branch, int32_t number, int64_t n, const float * factors) {
     return guarded([&] {
-        if (gain == nullptr || factors == nullptr || branch < 0 || branch > 4096 || number < 0 ||
-            (size_t) number >= gain->weights.size()) {
+        if (gain == nullptr || branch < 0 || branch >= ZO_MAX_BRANCHES || !gain->has(number)) {
             return fail(ZO_ARGUMENT, "zo_gain_set got a weight or branch out of range");
         }
         zo::gain_weight & weight = gain->weights[(size_t) number];
+        const zo_status   status = zo::check_array("zo_gain_set", factors, n, weight.n);
+        if (status != ZO_OK) {
+            return status;
+        }
         if (weight.branches.size() <= (size_t) branch) {
             weight.branches.resize((size_t) branch + 1);
         }
-        weight.branches[(size_t) branch].assign(factors, factors + weight.n);
+        weight.branches[(size_t) branch].assign(factors, factors + n);
         return ZO_OK;
     });
 }

@@ -215,8 +215,8 @@ using zo::guarded;
 
 zo_status zo_inplace_init(zo_inplace ** inplace, zo_distribution distribution, int32_t n_threads) {
     return guarded([&] {
-        if (inplace == nullptr || n_threads < 1) {
-            return fail(ZO_ARGUMENT, "in-place parameters need at least one thread");
+        if (inplace == nullptr || n_threads < 1 || !zo::is_known(distribution)) {
+            return fail(ZO_ARGUMENT, "in-place parameters need a distribution and at least one thread");
         }
         *inplace                 = new zo_inplace;
         (*inplace)->distribution = distribution;
@@ -247,12 +247,16 @@ zo_status zo_inplace_add(zo_inplace * inplace, const char * name, const zo_field
         if (!fits) {
             return fail(ZO_ARGUMENT, std::string("the values of ") + name + " do not fit into its bytes");
         }
+        const auto same = [&](const zo::inplace_tensor & t) { return t.name == name; };
+        if (std::any_of(inplace->tensors.begin(), inplace->tensors.end(), same)) {
+            return fail(ZO_ARGUMENT, std::string(name) + " was added before");
+        }
         zo::inplace_tensor t;
         t.name    = name;
         t.field   = f;
         t.n_bytes = n_bytes;
         t.offset  = (int64_t) inplace->theta.size();
-        t.id      = zo::FIRST_INPLACE_TENSOR + (uint32_t) inplace->tensors.size();
+        t.id      = ZO_TENSOR(ZO_INPLACE, inplace->n_added++);
         if (f.base != nullptr) {
             t.base.assign(f.base, f.base + f.n_values);
         }
@@ -268,44 +272,48 @@ int64_t zo_inplace_size(const zo_inplace * inplace) {
     return inplace == nullptr ? 0 : (int64_t) inplace->theta.size();
 }
 
-zo_status zo_inplace_read(const zo_inplace * inplace, float * theta) {
-    if (inplace == nullptr || theta == nullptr) {
-        return fail(ZO_ARGUMENT, "zo_inplace_read got a null pointer");
-    }
-    std::copy(inplace->theta.begin(), inplace->theta.end(), theta);
-    return ZO_OK;
+static zo_status check(const char * function, const zo_inplace * inplace, const float * array, int64_t n) {
+    return zo::check_array(function, inplace == nullptr ? nullptr : array, n, zo_inplace_size(inplace));
 }
 
-zo_status zo_inplace_write(zo_inplace * inplace, const float * theta) {
-    if (inplace == nullptr || theta == nullptr) {
-        return fail(ZO_ARGUMENT, "zo_inplace_write got a null pointer");
+zo_status zo_inplace_read(const zo_inplace * inplace, int64_t n, float * theta) {
+    const zo_status status = check("zo_inplace_read", inplace, theta, n);
+    if (status == ZO_OK) {
+        std::copy(inplace->theta.begin(), inplace->theta.end(), theta);
     }
-    std::copy(theta, theta + inplace->theta.size(), inplace->theta.begin());
-    inplace->version += 1;
-    return ZO_OK;
+    return status;
 }
 
-zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, float * z) {
+zo_status zo_inplace_write(zo_inplace * inplace, int64_t n, const float * theta) {
+    const zo_status status = check("zo_inplace_write", inplace, theta, n);
+    if (status == ZO_OK) {
+        std::copy(theta, theta + n, inplace->theta.begin());
+        inplace->version += 1;
+    }
+    return status;
+}
+
+zo_status zo_inplace_noise(const zo_inplace * inplace, uint64_t seed, int64_t n, float * z) {
     return guarded([&] {
-        if (inplace == nullptr || z == nullptr) {
-            return fail(ZO_ARGUMENT, "zo_inplace_noise got a null pointer");
+        const zo_status status = check("zo_inplace_noise", inplace, z, n);
+        if (status == ZO_OK) {
+            for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n_piece) {
+                inplace->noise(t, seed, first, n_piece, z + t.offset + first);
+            });
         }
-        for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n) {
-            inplace->noise(t, seed, first, n, z + t.offset + first);
-        });
-        return ZO_OK;
+        return status;
     });
 }
 
-zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, float * live) {
+zo_status zo_inplace_values(const zo_inplace * inplace, zo_branch branch, int64_t n, float * live) {
     return guarded([&] {
-        if (inplace == nullptr || live == nullptr) {
-            return fail(ZO_ARGUMENT, "zo_inplace_values got a null pointer");
+        const zo_status status = check("zo_inplace_values", inplace, live, n);
+        if (status == ZO_OK) {
+            for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n_piece) {
+                inplace->values(t, branch, first, n_piece, live + t.offset + first);
+            });
         }
-        for_pieces(*inplace, [&](const zo::inplace_tensor & t, int64_t first, int64_t n) {
-            inplace->values(t, branch, first, n, live + t.offset + first);
-        });
-        return ZO_OK;
+        return status;
     });
 }
 

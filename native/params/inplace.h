@@ -61,6 +61,7 @@ struct zo_inplace {
     int                             n_threads    = 1;
     bool                            force_staged = false;
     std::vector<zo::inplace_tensor> tensors;
+    uint32_t                        n_added = 0;
     std::vector<float>              theta;
     uint64_t                        version = 1;        // of theta
     zo::gpus *                      devices = nullptr;  // the hook's

@@ -55,8 +55,8 @@ void zo_lowrank::make(const zo::lowrank_weight & weight, const zo_branch & probe
 
 zo_status zo_lowrank_init(zo_lowrank ** lowrank, zo_distribution distribution, int32_t n_threads) {
     return guarded([&] {
-        if (lowrank == nullptr || n_threads < 1) {
-            return fail(ZO_ARGUMENT, "zo_lowrank_init needs at least one thread");
+        if (lowrank == nullptr || n_threads < 1 || !zo::is_known(distribution)) {
+            return fail(ZO_ARGUMENT, "zo_lowrank_init needs a distribution and at least one thread");
         }
         *lowrank                 = new zo_lowrank;
         (*lowrank)->distribution = distribution;
@@ -88,47 +88,65 @@ zo_status zo_lowrank_add(zo_lowrank * lowrank, const char * name, int64_t n_rows
     });
 }
 
-zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank,
-                         const float * left, const float * right) {
+static bool fits(int64_t rank) {
+    return rank >= 1 && rank <= 1 << 16;
+}
+
+zo_status zo_lowrank_set(zo_lowrank * lowrank, int32_t branch, int32_t number, int64_t rank, int64_t n_left,
+                         const float * left, int64_t n_right, const float * right) {
     return guarded([&] {
-        if (lowrank == nullptr || left == nullptr || right == nullptr || branch < 0 || branch > 4096 ||
-            number < 0 || (size_t) number >= lowrank->weights.size() || rank < 1 || rank > 1 << 16) {
+        if (lowrank == nullptr || branch < 0 || branch >= ZO_MAX_BRANCHES || !lowrank->has(number) ||
+            !fits(rank)) {
             return fail(ZO_ARGUMENT, "zo_lowrank_set got a weight, branch or rank out of range");
         }
         zo::lowrank_weight & weight = lowrank->weights[(size_t) number];
+        if (weight.masters.rank > 0) {
+            return fail(ZO_ARGUMENT, "the factors of " + weight.name + " are trained, and cannot be set");
+        }
+        zo_status status = zo::check_array("zo_lowrank_set", left, n_left, rank * weight.n_rows);
+        if (status == ZO_OK) {
+            status = zo::check_array("zo_lowrank_set", right, n_right, rank * weight.n_cols);
+        }
+        if (status != ZO_OK) {
+            return status;
+        }
         if (weight.branches.size() <= (size_t) branch) {
             weight.branches.resize((size_t) branch + 1);
         }
         zo::lowrank_factors & factors = weight.branches[(size_t) branch];
         factors.rank                  = rank;
         factors.version += 1;
-        factors.left.assign(left, left + rank * weight.n_rows);
-        factors.right.assign(right, right + rank * weight.n_cols);
+        factors.left.assign(left, left + n_left);
+        factors.right.assign(right, right + n_right);
         return ZO_OK;
     });
 }
 
 zo_status zo_lowrank_train(zo_lowrank * lowrank, int32_t number, int64_t rank, float factor, uint32_t tensor,
-                           const float * masters) {
+                           int64_t n, const float * masters) {
     return guarded([&] {
-        if (lowrank == nullptr || masters == nullptr || number < 0 ||
-            (size_t) number >= lowrank->weights.size() || rank < 1 || rank > 1 << 16) {
+        if (lowrank == nullptr || !lowrank->has(number) || !fits(rank)) {
             return fail(ZO_ARGUMENT, "zo_lowrank_train got a weight or rank out of range");
         }
-        zo::lowrank_weight &  weight = lowrank->weights[(size_t) number];
-        zo::lowrank_masters & kept   = weight.masters;
-        kept.rank                    = rank;
-        kept.factor                  = factor;
-        kept.tensor                  = tensor;
+        zo::lowrank_weight & weight = lowrank->weights[(size_t) number];
+        const int64_t        size   = rank * (weight.n_rows + weight.n_cols);
+        const zo_status      status = zo::check_array("zo_lowrank_train", masters, n, size);
+        if (status != ZO_OK) {
+            return status;
+        }
+        zo::lowrank_masters & kept = weight.masters;
+        kept.rank                  = rank;
+        kept.factor                = factor;
+        kept.tensor                = tensor;
         kept.version += 1;
-        kept.values.assign(masters, masters + rank * (weight.n_rows + weight.n_cols));
+        kept.values.assign(masters, masters + n);
         return ZO_OK;
     });
 }
 
 zo_status zo_lowrank_probe(zo_lowrank * lowrank, int32_t branch, zo_branch probe) {
     return guarded([&] {
-        if (lowrank == nullptr || branch < 0 || branch > 4096) {
+        if (lowrank == nullptr || branch < 0 || branch >= ZO_MAX_BRANCHES) {
             return fail(ZO_ARGUMENT, "zo_lowrank_probe got a branch out of range");
         }
         if (lowrank->probes.size() <= (size_t) branch) {

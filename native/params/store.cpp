@@ -1,7 +1,6 @@
 #include "params/store.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "core/error.h"
@@ -130,8 +129,8 @@ void zo_store::keep_noise(const std::vector<uint64_t> & seeds) {
 
 zo_status zo_store_init(zo_store ** store, zo_distribution distribution, int32_t n_threads) {
     return guarded([&] {
-        if (store == nullptr || n_threads < 1) {
-            return fail(ZO_ARGUMENT, "a store needs at least one thread");
+        if (store == nullptr || n_threads < 1 || !zo::is_known(distribution)) {
+            return fail(ZO_ARGUMENT, "a store needs a distribution and at least one thread");
         }
         *store                 = new zo_store;
         (*store)->distribution = distribution;
@@ -178,27 +177,32 @@ int64_t zo_store_size(const zo_store * store) {
     return store == nullptr ? 0 : (int64_t) store->theta.size();
 }
 
-zo_status zo_store_read(const zo_store * store, float * theta) {
-    if (store == nullptr || theta == nullptr) {
-        return fail(ZO_ARGUMENT, "zo_store_read got a null pointer");
-    }
-    std::memcpy(theta, store->theta.data(), store->theta.size() * sizeof(float));
-    return ZO_OK;
+static zo_status check(const char * function, const zo_store * store, const float * array, int64_t n) {
+    return zo::check_array(function, store == nullptr ? nullptr : array, n, zo_store_size(store));
 }
 
-zo_status zo_store_write(zo_store * store, const float * theta) {
-    if (store == nullptr || theta == nullptr) {
-        return fail(ZO_ARGUMENT, "zo_store_write got a null pointer");
+zo_status zo_store_read(const zo_store * store, int64_t n, float * theta) {
+    const zo_status status = check("zo_store_read", store, theta, n);
+    if (status == ZO_OK) {
+        std::copy(store->theta.begin(), store->theta.end(), theta);
     }
-    std::memcpy(store->theta.data(), theta, store->theta.size() * sizeof(float));
-    store->version += 1;
-    return ZO_OK;
+    return status;
 }
 
-zo_status zo_store_noise(zo_store * store, uint64_t seed, float * z) {
+zo_status zo_store_write(zo_store * store, int64_t n, const float * theta) {
+    const zo_status status = check("zo_store_write", store, theta, n);
+    if (status == ZO_OK) {
+        std::copy(theta, theta + n, store->theta.begin());
+        store->version += 1;
+    }
+    return status;
+}
+
+zo_status zo_store_noise(zo_store * store, uint64_t seed, int64_t n, float * z) {
     return guarded([&] {
-        if (store == nullptr || z == nullptr) {
-            return fail(ZO_ARGUMENT, "zo_store_noise got a null pointer");
+        const zo_status status = check("zo_store_noise", store, z, n);
+        if (status != ZO_OK) {
+            return status;
         }
         store->keep_noise({ seed });
         if (!store->copy_noise(seed, z)) {

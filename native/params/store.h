@@ -37,9 +37,6 @@ struct sparse_weight {
     int64_t nnz() const { return (int64_t) col.size(); }
 };
 
-// The tensor numbers of the noise, so that different kinds of parameters may be trained together.
-constexpr uint32_t FIRST_INPLACE_TENSOR = 1u << 30;
-
 }  // namespace zo
 
 struct zo_store : zo::named_weights<zo::sparse_weight> {

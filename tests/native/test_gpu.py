@@ -269,6 +269,6 @@ def test_a_library_without_a_gpu_says_so() -> None:
         pytest.skip("there is a GPU")
     zero, logit = np.zeros(1, np.int32), np.zeros(1, np.float32)
     index = pointer(zero, ctypes.c_int32)
-    arguments = [pointer(logit, ctypes.c_float), 1, 1, 1, index, index, 1, 0]
+    arguments = [pointer(logit, ctypes.c_float), 1, 1, 1, 1, index, index, 1, 0]
     with pytest.raises(ZoError, match="no GPU number 0"):
         native_library().call("zo_losses", *arguments, pointer(np.zeros(1), ctypes.c_double))

@@ -196,7 +196,7 @@ def test_losses_against_float64(n_vocab: int, spread: float, device: int) -> Non
     for n_threads in (1, 3) if device == ON_CPU else (1,):
         nll = np.empty(outputs.size)
         native_library().call(
-            "zo_losses", pointer(logits, c_float), n_vocab, n_vocab + 2, outputs.size,
+            "zo_losses", pointer(logits, c_float), n_vocab, n_vocab + 2, 6, outputs.size,
             pointer(outputs, c_int32), pointer(tokens, c_int32), n_threads, device,
             pointer(nll, c_double),
         )  # fmt: skip
@@ -207,7 +207,7 @@ def test_losses_pass_nan_on(device: int) -> None:
     logits = np.array([[0.0, np.nan, 1.0]], np.float32)
     zero, nll = np.zeros(1, np.int32), np.empty(1)
     native_library().call(
-        "zo_losses", pointer(logits, c_float), 3, 3, 1, pointer(zero, c_int32),
+        "zo_losses", pointer(logits, c_float), 3, 3, 1, 1, pointer(zero, c_int32),
         pointer(zero, c_int32), 1, device, pointer(nll, c_double),
     )  # fmt: skip
     assert np.isnan(nll[0])

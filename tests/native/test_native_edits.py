@@ -152,11 +152,10 @@ def test_low_rank_refuses_what_is_out_of_range() -> None:
     for branch, number in ((-1, 0), (4097, 0), (0, -1), (0, 1)):
         with pytest.raises(ZoError, match="out of range"):
             part.set(branch, number, *one)
+    sized = [value for a in one for value in (a.size, pointer(a, c_float))]
     for rank in (-1, 0, (1 << 16) + 1):
         with pytest.raises(ZoError, match="out of range"):
-            native_library().call(
-                "zo_lowrank_set", part.handle, 0, 0, rank, *(pointer(a, c_float) for a in one)
-            )
+            native_library().call("zo_lowrank_set", part.handle, 0, 0, rank, *sized)
     with pytest.raises(ZoError, match="out of range"):
         product(part, 0, 0, x, y)  # nothing was set yet
     part.set(0, 0, *one)

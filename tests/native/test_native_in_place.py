@@ -239,10 +239,10 @@ def test_bad_arguments_are_refused() -> None:
     part = InPlace(native_library(), 1)
     for function, arguments in (
         ("zo_inplace_add", (b"w", None, 4, None)),
-        ("zo_inplace_read", (None,)),
-        ("zo_inplace_write", (None,)),
-        ("zo_inplace_noise", (1, None)),
-        ("zo_inplace_values", (Branch(1, 0.5), None)),
+        ("zo_inplace_read", (0, None)),
+        ("zo_inplace_write", (0, None)),
+        ("zo_inplace_noise", (1, 0, None)),
+        ("zo_inplace_values", (Branch(1, 0.5), 0, None)),
     ):
         with pytest.raises(ZoError, match=f"{function} got a null pointer"):
             native_library().call(function, part.handle, *arguments)

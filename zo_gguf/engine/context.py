@@ -190,6 +190,7 @@ class Context:
             llama_cpp.llama_get_logits(self._context),
             n_vocab,
             n_vocab,
+            batch.output_branch.size,
             nll.size,
             pointer(batch.target_output, c_int32),
             pointer(batch.target_token, c_int32),

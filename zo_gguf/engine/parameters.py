@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import AT_THETA as AT_THETA
-from zo_gguf.libzo import FLOATS, NORMAL, Gain, Hook, InPlace, Library, LowRank, Probe, Store
+from zo_gguf.libzo import FLOATS, NORMAL, Gain, Hook, InPlace, Library, LowRank, Part, Probe, Store
 from zo_gguf.params import kinds
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import Edit, Live
@@ -21,8 +21,6 @@ from zo_gguf.params.scales import field_of, scale_resolution
 from zo_gguf.system import in_blocks
 
 Vector = NDArray[np.float32]
-# The noise's tensor numbers; those below are the native parts'.
-FIRST_LOW_RANK, FIRST_GAIN = 1 << 31, 3 << 30
 
 
 class EditNoise:
@@ -38,11 +36,11 @@ class EditNoise:
 
     def of_gain(self, number: int, edit: kinds.Gain, seed: int) -> Vector:
         """z of the number-th gain, (edit.size,)."""
-        return self._part(seed, FIRST_GAIN + number, slice(0, edit.size))
+        return self._part(seed, Part.GAIN.tensor(number), slice(0, edit.size))
 
     def of_low_rank(self, number: int, edit: kinds.LowRank, step: int, seed: int) -> Vector:
         """z of the masters of the number-th product that the step after `step` steps trains."""
-        return self._part(seed, FIRST_LOW_RANK + number, edit.trained(step))
+        return self._part(seed, Part.LOWRANK.tensor(number), edit.trained(step))
 
     def _part(self, seed: int, tensor: int, part: slice) -> Vector:
         z, kind = np.empty(part.stop - part.start, np.float32), self._distribution
@@ -223,7 +221,10 @@ class Parameters:
         self._factors_are_there = True
         for number, (name, edit) in enumerate(self.delta.low_rank.items()):
             if edit.kind == "lora" and self._low_rank is not None:
-                masters, tensor = self._theta[self._low_rank_slices[name]], FIRST_LOW_RANK + number
+                masters, tensor = (
+                    self._theta[self._low_rank_slices[name]],
+                    Part.LOWRANK.tensor(number),
+                )
                 self._low_rank.train(number, edit.rank, edit.scale, tensor, masters)
 
     def noise(self, seed: int) -> Vector:

@@ -19,4 +19,5 @@ from zo_gguf.libzo.signatures import PROTOTYPES as PROTOTYPES
 from zo_gguf.libzo.signatures import RADEMACHER as RADEMACHER
 from zo_gguf.libzo.signatures import Branch as Branch
 from zo_gguf.libzo.signatures import Field as Field
+from zo_gguf.libzo.signatures import Part as Part
 from zo_gguf.libzo.signatures import Probe as Probe

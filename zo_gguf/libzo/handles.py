@@ -50,11 +50,11 @@ class _Masters(NativeHandle):
     def write(self, theta: Vector) -> None:
         """Replace the masters, (size,)."""
         assert theta.shape == (self.size,)
-        self._call("write", self.handle, floats(theta))
+        self._call("write", self.handle, theta.size, floats(theta))
 
     def _filled(self, verb: str, *arguments: Any) -> Vector:
         result = np.empty(self.size, np.float32)
-        self._call(verb, self.handle, *arguments, pointer(result, c_float))
+        self._call(verb, self.handle, *arguments, result.size, pointer(result, c_float))
         return result
 
 
@@ -71,6 +71,7 @@ class Store(_Masters):
         theta: Vector,
     ) -> None:
         """Append one weight's entries: sorted flat `indices` and masters, both (nnz,)."""
+        assert indices.size == theta.size
         sorted_indices = pointer(np.ascontiguousarray(indices, dtype=np.int64), c_int64)
         self._call(
             "add", self.handle, name.encode(), *shape, indices.size, sorted_indices, floats(theta)
@@ -91,6 +92,7 @@ class InPlace(_Masters):
 
     def add(self, name: str, field: Field, n_bytes: int, theta: Vector) -> None:
         """Append the values of a tensor of `n_bytes`, with their masters, (field.n_values,)."""
+        assert theta.size == field.n_values
         self._call("add", self.handle, name.encode(), ctypes.byref(field), n_bytes, floats(theta))
 
     def noise(self, seed: int) -> Vector:
@@ -131,12 +133,14 @@ class LowRank(NativeHandle):
         (rank, n_cols)."""
         rank = left.shape[0]
         assert rank == right.shape[0]
-        self._call("set", self.handle, branch, number, rank, floats(left), floats(right))
+        sized = left.size, floats(left), right.size, floats(right)
+        self._call("set", self.handle, branch, number, rank, *sized)
 
     def train(self, number: int, rank: int, factor: float, tensor: int, masters: Vector) -> None:
         """The number-th weight's factors are masters: right (rank, n_cols) and then, counting
         `factor` times, left (rank, n_rows); `tensor` is their noise's number."""
-        self._call("train", self.handle, number, rank, factor, tensor, floats(masters))
+        sized = masters.size, floats(masters)
+        self._call("train", self.handle, number, rank, factor, tensor, *sized)
 
     def probe(self, branch: int, probe: Probe) -> None:
         """Move all masters of `train` to a probe in a branch."""
@@ -154,7 +158,7 @@ class Gain(NativeHandle):
 
     def set(self, branch: int, number: int, factors: Vector) -> None:
         """In a branch, the product with the number-th weight is multiplied by factors, (n,)."""
-        self._call("set", self.handle, branch, number, floats(factors))
+        self._call("set", self.handle, branch, number, factors.size, floats(factors))
 
 
 class Tensors(NativeHandle):

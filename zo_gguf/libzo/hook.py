@@ -137,5 +137,5 @@ class Hook(NativeHandle):
             ZoError: The graph was not the expected one; the sentence says how.
         """
         nll = np.empty(n_targets, np.float64)
-        self._call("end", self.handle, pointer(nll, c_double))
+        self._call("end", self.handle, n_targets, pointer(nll, c_double))
         return nll

@@ -12,10 +12,12 @@ from ctypes import (
     c_uint32,
     c_uint64,
 )
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 ON_CPU = -1  # the device of a kernel called by itself
 NORMAL, RADEMACHER = 0, 1  # zo_distribution
+MAX_BRANCHES = 4096  # ZO_MAX_BRANCHES
 Handle = ctypes.c_void_p
 FLOATS = POINTER(c_float)
 INTS = POINTER(c_int32)
@@ -29,6 +31,19 @@ class Probe(NamedTuple):
 
 
 AT_THETA = Probe(0, 0.0)
+
+
+class Part(IntEnum):
+    """zo_part: which parameters a tensor of the noise belongs to."""
+
+    SPARSE = 0
+    INPLACE = 1
+    LOWRANK = 2
+    GAIN = 3
+
+    def tensor(self, index: int) -> int:
+        """ZO_TENSOR: the noise's number of the index-th tensor of this part."""
+        return (self << 30) + index
 
 
 class Branch(ctypes.Structure):
@@ -84,9 +99,9 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (Handle, c_char_p, c_int64, c_int64, c_int64, POINTER(c_int64), FLOATS),
     ),
     "zo_store_size": (c_int64, (Handle,)),
-    "zo_store_read": (c_int32, (Handle, FLOATS)),
-    "zo_store_write": (c_int32, (Handle, FLOATS)),
-    "zo_store_noise": (c_int32, (Handle, c_uint64, FLOATS)),
+    "zo_store_read": (c_int32, (Handle, c_int64, FLOATS)),
+    "zo_store_write": (c_int32, (Handle, c_int64, FLOATS)),
+    "zo_store_noise": (c_int32, (Handle, c_uint64, c_int64, FLOATS)),
     "zo_store_apply": (
         c_int32,
         (Handle, c_char_p, Branch, c_int64, FLOATS, c_int64, FLOATS, c_int64, c_int32),
@@ -95,17 +110,20 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_inplace_free": (None, (Handle,)),
     "zo_inplace_add": (c_int32, (Handle, c_char_p, POINTER(Field), c_int64, FLOATS)),
     "zo_inplace_size": (c_int64, (Handle,)),
-    "zo_inplace_read": (c_int32, (Handle, FLOATS)),
-    "zo_inplace_write": (c_int32, (Handle, FLOATS)),
-    "zo_inplace_noise": (c_int32, (Handle, c_uint64, FLOATS)),
-    "zo_inplace_values": (c_int32, (Handle, Branch, FLOATS)),
+    "zo_inplace_read": (c_int32, (Handle, c_int64, FLOATS)),
+    "zo_inplace_write": (c_int32, (Handle, c_int64, FLOATS)),
+    "zo_inplace_noise": (c_int32, (Handle, c_uint64, c_int64, FLOATS)),
+    "zo_inplace_values": (c_int32, (Handle, Branch, c_int64, FLOATS)),
     "zo_inplace_check": (c_int32, (Handle,)),
     "zo_inplace_apply": (c_int32, (Handle, Branch)),
     "zo_lowrank_init": (c_int32, (POINTER(Handle), c_int32, c_int32)),
     "zo_lowrank_free": (None, (Handle,)),
     "zo_lowrank_add": (c_int32, (Handle, c_char_p, c_int64, c_int64)),
-    "zo_lowrank_set": (c_int32, (Handle, c_int32, c_int32, c_int64, FLOATS, FLOATS)),
-    "zo_lowrank_train": (c_int32, (Handle, c_int32, c_int64, c_float, c_uint32, FLOATS)),
+    "zo_lowrank_set": (
+        c_int32,
+        (Handle, c_int32, c_int32, c_int64, c_int64, FLOATS, c_int64, FLOATS),
+    ),
+    "zo_lowrank_train": (c_int32, (Handle, c_int32, c_int64, c_float, c_uint32, c_int64, FLOATS)),
     "zo_lowrank_probe": (c_int32, (Handle, c_int32, Branch)),
     "zo_lowrank_apply": (
         c_int32,
@@ -114,7 +132,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_gain_init": (c_int32, (POINTER(Handle),)),
     "zo_gain_free": (None, (Handle,)),
     "zo_gain_add": (c_int32, (Handle, c_char_p, c_int64)),
-    "zo_gain_set": (c_int32, (Handle, c_int32, c_int32, FLOATS)),
+    "zo_gain_set": (c_int32, (Handle, c_int32, c_int32, c_int64, FLOATS)),
     "zo_tensors_init": (c_int32, (POINTER(Handle),)),
     "zo_tensors_free": (None, (Handle,)),
     "zo_tensors_add": (c_int32, (Handle, c_char_p, c_int64)),
@@ -131,7 +149,18 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_discard_apply": (None, (ctypes.c_void_p,) * 4),
     "zo_losses": (
         c_int32,
-        (FLOATS, c_int64, c_int64, c_int32, INTS, INTS, c_int32, c_int32, POINTER(c_double)),
+        (
+            FLOATS,
+            c_int64,
+            c_int64,
+            c_int32,
+            c_int32,
+            INTS,
+            INTS,
+            c_int32,
+            c_int32,
+            POINTER(c_double),
+        ),
     ),
     "zo_hook_init": (c_int32, (POINTER(Handle), Handle, Handle, Handle, Handle, c_int32, c_bool)),
     "zo_hook_free": (None, (Handle,)),
@@ -139,5 +168,5 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_hook_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
     "zo_hook_begin": (c_int32, (Handle, POINTER(Batch))),
     "zo_hook_check": (c_int32, (Handle,)),
-    "zo_hook_end": (c_int32, (Handle, POINTER(c_double))),
+    "zo_hook_end": (c_int32, (Handle, c_int32, POINTER(c_double))),
 }
