@@ -207,7 +207,7 @@ def test_a_field_that_does_not_fit_is_refused(case: str) -> None:
     part.add("good", field(3), 12, np.ones(3, np.float32))
     described, n_bytes = BAD_FIELDS[case]
     with pytest.raises(ZoError, match="the values of bad do not fit into its bytes"):
-        part.add("bad", described, n_bytes, np.zeros(100, np.float32))
+        part.add("bad", described, n_bytes, np.zeros(described.n_values, np.float32))
     assert part.size == 3
     np.testing.assert_array_equal(part.values(), 1)
     part.free()
