@@ -12,11 +12,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from zo_gguf.errors import ZoError
+
+if TYPE_CHECKING:  # `zo-gguf --help` comes by here, and needs no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 try:
     import fcntl
@@ -259,6 +263,15 @@ def in_blocks(n: int, work: Callable[[slice], None]) -> None:
             work(part)
 
     list(_threads().map(with_settings, parts))
+
+
+def all_finite(values: "NDArray[np.floating]") -> bool:
+    """Whether a long vector, (n,), has neither infinities nor NaN."""
+    import numpy as np
+
+    found: list[bool] = []
+    in_blocks(values.size, lambda part: found.append(bool(np.isfinite(values[part]).all())))
+    return all(found)
 
 
 @cache

@@ -75,7 +75,7 @@ def pruned(folder: Path, zeros: slice | None) -> TuneConfig:
 def test_zeros_of_a_pruned_matrix_do_not_count(tmp_path: Path) -> None:
     whole = start(config(tmp_path, "magnitude", Type.F16), GgufFile(tmp_path / "F16.gguf")).live
     given = pruned(tmp_path, slice(0, 128))
-    limits = {name: edit.limit for name, edit in Trainable(given).start.live.items()}
+    limits = {name: edit.limit for name, edit in Trainable(given).delta.live.items()}
     name = "blk.0.attn_q.weight"
     assert limits[name] == pytest.approx(whole.pop(name).limit, rel=0.05)
     assert all(limits[other] == edit.limit for other, edit in whole.items())
@@ -84,7 +84,7 @@ def test_zeros_of_a_pruned_matrix_do_not_count(tmp_path: Path) -> None:
 
 def test_matrices_of_zeros_are_left_out(tmp_path: Path) -> None:
     given = pruned(tmp_path, slice(0, 256))
-    live = Trainable(given).start.live
+    live = Trainable(given).delta.live
     assert len(live) == len(matching_matrices(GgufFile(given.model), None)) - 1
     assert "blk.0.attn_q.weight" not in live
     with pytest.raises(ZoError, match="all zero"):
@@ -107,7 +107,7 @@ def test_masters_of_scales_stop_where_their_scales_do(tmp_path: Path) -> None:
 def test_absolute_masters_keep_the_signs_of_their_scales() -> None:
     base = np.array([1e-3, 2e-3, -1e-3, -2e-3, 0, 1e-3], np.float32)
     masters = np.array([-1, 3e-3, 1, -1e-3, 0, 1e-9], np.float32)
-    Live("scale", 6).confine(masters, base)
+    Live("scale", 6).confine(masters, np.sign(base).astype(np.int8))
     floor = np.float32(1e-7)
     np.testing.assert_array_equal(masters, np.float32([floor, 3e-3, -floor, -1e-3, 0, floor]))
 
@@ -160,7 +160,7 @@ def test_weights_beside_scales_go_by_the_unit_of_both(tmp_path: Path) -> None:
     given = {"model": str(path), "data": "none", "output": "none", "threads": 1}
     trainable = Trainable(TuneConfig(method="block-scale+magnitude", **given))
     assert trainable.kinds == ["sparse", "scale"]  # all edits in place are written in one go
-    limits = [edit.limit for edit in trainable.start.live.values() if edit.kind == "weight"]
+    limits = [edit.limit for edit in trainable.delta.live.values() if edit.kind == "weight"]
     assert trainable.farthest == pytest.approx(min(limits) / 2)
     trainable.set_units({"scale": 8.0})
     assert trainable.farthest == pytest.approx(min(limits) / 16)
@@ -210,3 +210,21 @@ def test_a_delta_of_nothing_is_told(tmp_path: Path) -> None:
     table = TuneResult("run", 5, 0, 1.0, None, 1.0, None).render()
     assert "Nothing was learned" in table
     assert "Nothing was learned" not in TuneResult("run", 5, 5, 1.0, None, 0.9, None).render()
+
+
+@pytest.mark.parametrize("method", ["norm", "dense", "block-scale", "lora", "norm+lora"])
+def test_theta_has_one_owner(method: str, tmp_path: Path) -> None:
+    trainable = Trainable(config(tmp_path, method, Type.F16 if method == "dense" else Type.Q4_0))
+    state, first = first_state(trainable, "sgd"), trainable.delta.theta.copy()
+    with trainable.open_engine() as engine:
+        state.replay(record(1, 1.0, 1e-2), trainable)
+        assert state.theta is trainable.delta.theta is trainable.to_delta({}).theta
+        assert np.shares_memory(engine.parameters._theta, state.theta)
+        assert np.array_equal(engine.theta(), state.theta)
+        assert not np.array_equal(engine.theta(), first)
+        engine.theta()[:] = 9  # a copy
+        assert np.array_equal(engine.theta(), state.theta)
+        own = first.copy()
+        engine.set_theta(own)  # as is this
+        own[:] = 9
+        assert np.array_equal(engine.theta(), first)

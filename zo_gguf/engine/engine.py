@@ -179,7 +179,7 @@ class Engine(Vocabulary):
         Raises:
             ZoError: Wrong length, or values that are not finite.
         """
-        self.parameters.write(theta)
+        self.parameters.write(np.array(theta, np.float32))
 
     def noise(self, seed: int) -> NDArray[np.float32]:
         """z(seed), (nnz,), standard normal; the same bits on every machine."""

@@ -5,6 +5,7 @@ Needs no model, so that a trajectory can be replayed without one.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -18,7 +19,7 @@ from zo_gguf.params import kinds
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import Edit, Live
 from zo_gguf.params.scales import field_of, scale_resolution
-from zo_gguf.system import in_blocks
+from zo_gguf.system import all_finite
 
 Vector = NDArray[np.float32]
 
@@ -79,7 +80,7 @@ class Parameters:
     ) -> None:
         self._library, self._noise = library, EditNoise(library, distribution)
         self.delta, self._gguf = delta, gguf
-        self._theta = delta.theta.copy()
+        self._theta = delta.theta  # shared, and never changed here
         self.step: int | None = None  # all subspaces, as after the run
         self._units: dict[str, float] = {}
         self._live_kind = next((edit.kind for edit in delta.live.values()), "")
@@ -199,22 +200,29 @@ class Parameters:
     def write(self, theta: Vector, step: int | None = None) -> None:
         """Replace theta, (size,), and say how many steps led to it.
 
+        The array is shared, not copied: whoever changes it in place must write it again.
+
         Raises:
             ZoError: Wrong length, or values that are not finite.
         """
         if theta.shape != self._theta.shape:
             raise ZoError(f"theta has shape {theta.shape}, but {self.size} entries are trainable.")
-        finite: list[bool] = []
-        in_blocks(theta.size, lambda part: finite.append(bool(np.isfinite(theta[part]).all())))
-        if not all(finite):
+        if not all_finite(theta):
             raise ZoError("theta would have NaN or infinite values.")
-        self._theta[:] = theta
+        self._theta = theta
         self.step = self.step if step is None else step
         if self._store is not None:
             self._store.write(self._theta[: self._store.size])
         if self._in_place is not None:
-            self._in_place.write(np.concatenate([self._theta[part] for part in self._live_slices]))
+            self._in_place.write(self._of_live(theta))
         self._factors_are_there = False
+
+    def _of_live(self, theta: Vector) -> Vector:
+        """The masters of all edits in place, a view of theta where they lie side by side."""
+        parts = self._live_slices
+        if all(part.stop == after.start for part, after in pairwise(parts)):
+            return theta[parts[0].start : parts[-1].stop]
+        return np.concatenate([theta[part] for part in parts])
 
     def _write_factors(self) -> None:
         """Hand trained factors to libzo; for decodes alone, which replays and adapters have not."""

@@ -42,6 +42,7 @@ from zo_gguf.params.sparse_file import (
     slices_of,
     write_sparse,
 )
+from zo_gguf.system import all_finite
 
 if TYPE_CHECKING:
     from zo_gguf.gguf_files.file import GgufFile
@@ -108,7 +109,7 @@ class Delta:
         for name, edit in self.low_rank.items():
             if self.shapes.get(name, shape := (edit.n_rows, edit.n_cols)) != shape:
                 raise ZoError(f"The delta has two shapes for {name!r}; make it again.")
-        if not np.isfinite(self.theta).all():
+        if not all_finite(self.theta):
             raise ZoError("The delta has values that are NaN or infinite; make it again.")
 
     @classmethod

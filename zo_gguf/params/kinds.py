@@ -39,19 +39,20 @@ class Live:
         """Number of masters."""
         return self.n_values
 
-    def confine(self, masters: Vector, base: Vector) -> None:
+    def confine(self, masters: Vector, signs: NDArray[np.int8] | None) -> None:
         """Keep masters of scales, in place, at values that libzo would write (native/inplace.h).
 
         Args:
             masters: (n_values,).
-            base: The scales of the file, (n_values,); unused where masters are relative.
+            signs: Of the file's scales, (n_values,); unused where masters are relative.
         """
         if self.relative:
             np.maximum(masters, np.float32(_LEAST_SHARE - 1), out=masters)
             return
+        assert signs is not None
         least = np.float32(_LEAST_STEP)
-        np.maximum(masters, least, out=masters, where=base > 0)
-        np.minimum(masters, -least, out=masters, where=base < 0)
+        np.maximum(masters, least, out=masters, where=signs > 0)
+        np.minimum(masters, -least, out=masters, where=signs < 0)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def finish(run: Run, trainable: Trainable, state: State) -> TuneResult:
     best = run.best_step()
     if best is None:
         best = state.step
-        delta = trainable.to_delta(state.theta, {"step": best, "seed": run.config.seed})
+        delta = trainable.to_delta({"step": best, "seed": run.config.seed})
     else:
         delta = Delta.load(run.checkpoint("best"))
     delta.save(run.path / "delta.safetensors")

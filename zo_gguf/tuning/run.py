@@ -41,10 +41,14 @@ _NOTE_KEY = "zo_gguf"
 
 @dataclass
 class State:
-    """What a step changes: the masters, the optimizer's memory and the step number."""
+    """What a step changes: the masters, the optimizer's memory and the step number.
+
+    Attributes:
+        theta: Float32 (nnz,), shared with the `Trainable`.
+    """
 
     step: int
-    theta: NDArray[np.float32]  # (nnz,)
+    theta: NDArray[np.float32]
     optimizer: Optimizer
 
     def replay(self, record: Record, trainable: Trainable) -> None:
@@ -73,18 +77,18 @@ class State:
                 change = np.zeros_like(self.theta)
                 self.optimizer.update(change, gradient, record.lr)
                 self.theta += units * change
-        trainable.confine(self.theta)
+        trainable.confine()
         self.step = record.step
-        trainable.place(self.theta, self.step)
+        trainable.place(self.step)
 
 
 def first_state(trainable: Trainable, optimizer: str) -> State:
-    """The state before the first step.
+    """The state before the first step of a `Trainable` that has made none.
 
     Raises:
         ZoError: There is no such optimizer.
     """
-    theta = trainable.theta0()
+    theta = trainable.delta.theta
     return State(0, theta, make_optimizer(optimizer, theta.size, trainable.n_lasting))
 
 
@@ -218,15 +222,17 @@ class Run:
             with safe_open(path, framework="numpy") as file:
                 note = json.loads((file.metadata() or {})[_NOTE_KEY])
                 step = int(note[_STEP_KEY])
-                loaded = {name: file.get_tensor(name) for name in wanted}
-            if digest(*loaded.values()) != note["sha256"]:
+                for name, value in wanted.items():
+                    loaded = file.get_tensor(name)
+                    if loaded.shape != value.shape or loaded.dtype != value.dtype:
+                        raise ZoError(f"The checkpoint is of another run ({name}); {fix}.")
+                    value[...] = loaded
+            if digest(*wanted.values()) != note["sha256"]:
                 raise ValueError("its checksum differs")
+        except ZoError:
+            raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ZoError(f"The checkpoint is damaged ({error}); {fix}.") from error
-        for name, value in wanted.items():
-            if loaded[name].shape != value.shape or loaded[name].dtype != value.dtype:
-                raise ZoError(f"The checkpoint does not belong to this run ({name}); {fix}.")
-            value[...] = loaded[name]
         if not 0 <= step <= last_step:
             raise ZoError(
                 f"The checkpoint is at step {step}, but the trajectory ends at {last_step}; {fix}."
@@ -281,9 +287,9 @@ def open_trajectory(
     options = ("directions", "estimator", "optimizer", "method", "seed")
     header = {name: getattr(run.config, name) for name in options} | {
         "base_sha256": trainable.base_sha256,
-        "nnz": int(trainable.theta0().size),
-        "theta0_sha256": digest(trainable.theta0()),
-        "bases_sha256": digest(*fixed_arrays(trainable.start.low_rank).values()),
+        "nnz": trainable.delta.nnz,
+        "theta0_sha256": trainable.theta0_sha256,
+        "bases_sha256": digest(*fixed_arrays(trainable.delta.low_rank).values()),
         **(of_rows or {}),
     }
     if not run.trajectory_path.exists():

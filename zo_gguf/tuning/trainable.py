@@ -14,6 +14,7 @@ from zo_gguf.engine.parameters import Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
+from zo_gguf.params.sparse_file import digest
 from zo_gguf.tuning.estimators import estimator_of
 from zo_gguf.tuning.methods import start
 
@@ -25,6 +26,11 @@ class Trainable:
 
     Making one reads and checks the files that define them, but loads no model.
 
+    Attributes:
+        delta: What is trained. Its theta is the run's only one: steps change it in place, and the
+            engine, checkpoints and the optimizer's state share it.
+        theta0_sha256: Hash of the first theta.
+
     Raises:
         ZoError: A file or option cannot be used.
     """
@@ -32,22 +38,25 @@ class Trainable:
     def __init__(self, config: TuneConfig) -> None:
         self._config = config
         self._gguf = GgufFile(config.model)
-        self.start = start(config, self._gguf)
+        self.delta = start(config, self._gguf)
+        self.theta0_sha256 = digest(self.delta.theta)
+        slices = self.delta.edit_slices()
+        self._signs = {  # of scales that are trained as they are
+            name: np.sign(self.delta.theta[slices[name]]).astype(np.int8)
+            for name, edit in self.delta.live.items()
+            if edit.kind == "scale" and not edit.relative
+        }
         self._engine: Engine | None = None
         self._own: Parameters | None = None
 
     @property
     def base_sha256(self) -> str:
         """Hash of the tensors of the base GGUF."""
-        return self.start.header.base_sha256
+        return self.delta.header.base_sha256
 
-    def theta0(self) -> Vector:
-        """The masters before the first step, (nnz,)."""
-        return self.start.theta.copy()
-
-    def place(self, theta: Vector, step: int) -> None:
-        """Put the parameters at theta, (nnz,), which `step` steps led to."""
-        self._parameters.write(theta, step)
+    def place(self, step: int) -> None:
+        """Put the parameters at theta, which `step` steps led to."""
+        self._parameters.write(self.delta.theta, step)
 
     def units(self) -> Vector | None:
         """The unit of every parameter, (nnz,); None where all are 1."""
@@ -73,27 +82,26 @@ class Trainable:
     @property
     def farthest(self) -> float:
         """How far weights may move before most outgrow a method's threshold of magnitude."""
-        limits = [edit.limit for edit in self.start.live.values()]
+        limits = [edit.limit for edit in self.delta.live.values()]
         return min(limits, default=math.inf) / 2 / self._parameters.live_unit
 
     @property
     def n_lasting(self) -> int:
         """Masters, from the first one on, that mean the same in the whole run: no subspace's."""
-        renewed = [edit.size for edit in self.start.low_rank.values() if edit.refresh > 0]
-        return int(self.start.theta.size) - sum(renewed)
+        renewed = [edit.size for edit in self.delta.low_rank.values() if edit.refresh > 0]
+        return int(self.delta.theta.size) - sum(renewed)
 
     def begins_anew(self, step: int) -> bool:
         """Whether the step after `step` steps trains other subspaces than the one before."""
-        edits = self.start.low_rank.values()
+        edits = self.delta.low_rank.values()
         return step > 0 and any(edit.window(step) != edit.window(step - 1) for edit in edits)
 
-    def confine(self, theta: Vector) -> None:
+    def confine(self) -> None:
         """Keep the masters of scales, in place, where their scales keep their signs."""
-        slices = self.start.edit_slices()
-        for name, edit in self.start.live.items():
+        slices = self.delta.edit_slices()
+        for name, edit in self.delta.live.items():
             if edit.kind == "scale":
-                part = slices[name]
-                edit.confine(theta[part], self.start.theta[part])
+                edit.confine(self.delta.theta[slices[name]], self._signs.get(name))
 
     def noise(self, seed: int) -> Vector:
         """z(seed), (nnz,), where the parameters stand; needs no model."""
@@ -106,7 +114,7 @@ class Trainable:
         if self._own is None:
             self._own = Parameters(
                 native_library(),
-                self.start,
+                self.delta,
                 self._gguf,
                 self._config.threads or default_threads(),
                 estimator_of(self._config).distribution,
@@ -119,7 +127,7 @@ class Trainable:
         width = config.probes_per_decode
         self._engine = Engine(
             self._gguf,
-            mask=self.start,
+            mask=self.delta,
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,
@@ -129,6 +137,6 @@ class Trainable:
         )
         return self._engine
 
-    def to_delta(self, theta: Vector, provenance: dict[str, Any]) -> Delta:
-        """The learned masters as a file can hold them."""
-        return self.start.with_theta(theta, provenance)
+    def to_delta(self, provenance: dict[str, Any]) -> Delta:
+        """The learned masters as a file can hold them; theta is shared."""
+        return self.delta.with_theta(self.delta.theta, provenance)

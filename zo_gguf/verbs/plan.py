@@ -29,7 +29,7 @@ _TIMED_STEPS = 3
 _WORTH_SAYING = 0.05  # of a step's time; less is noise
 _METRICS_LINE = 250  # bytes of metrics.jsonl per step
 _TRIAL_EPS = 1e-2  # timing does not depend on it
-_BYTES_OF_STEP = 12  # of a master: gradient estimate, z, one more vector on the way to libzo
+_BYTES_OF_STEP = 8  # of a master: gradient estimate and z
 _MIB = 1 << 20
 
 
@@ -40,7 +40,7 @@ class PlanResult:
     Attributes:
         weights: The model's tensors.
         engine: KV cache, compute buffers and logits (what the process grew by, less the rest).
-        trainable: Masters of the tuned weights in all their copies, positions, bases.
+        trainable: Masters of the tuned weights, here and in libzo, positions, bases.
         optimizer: The optimizer's memory.
         passing: What a step, or a checkpoint, takes on top while it lasts.
         total: Sum of the parts.
@@ -125,16 +125,16 @@ def plan(config: TuneConfig) -> PlanResult:
         n_read = len(seen) if wants_soft(config, draw.examples, seen) else 0
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
-    bases = sum(edit.left.nbytes + edit.right.nbytes for edit in method.start.low_rank.values())
-    inside = _bytes_inside(method.start, last=True)
-    beside = 2 * state.theta.nbytes + 8 * method.start.n_sparse  # the first and this theta
+    bases = sum(edit.left.nbytes + edit.right.nbytes for edit in method.delta.low_rank.values())
+    inside = _bytes_inside(method.delta, last=True)
+    beside = state.theta.nbytes + 8 * method.delta.n_sparse
     trainable = inside + beside + bases
     optimizer = sum(array.nbytes for array in state.optimizer.state.values())
     saved_bytes = state.theta.nbytes + optimizer
     passing = max(_BYTES_OF_STEP * state.theta.size, 2 * saved_bytes)  # which safetensors copies
     disk = _disk(config, state.theta.nbytes, optimizer) + 3 * bases
     _check_disk(config, disk)
-    working = max(0, grown - weights - _bytes_inside(method.start, last=False))
+    working = max(0, grown - weights - _bytes_inside(method.delta, last=False))
     return PlanResult(
         weights=weights,
         engine=working,
@@ -155,7 +155,7 @@ def plan(config: TuneConfig) -> PlanResult:
 
 
 def _bytes_inside(delta: Delta, *, last: bool) -> int:
-    """What an engine holds of the parameters: theta twice, and what libzo has for each kind.
+    """What libzo holds of the parameters: theta, and what it makes of it for each kind.
 
     With subspaces that follow one another, that is more at the last step than at the first.
     """
@@ -165,7 +165,7 @@ def _bytes_inside(delta: Delta, *, last: bool) -> int:
         (edit.n_windows if last else 1) * edit.rank * (edit.n_rows + edit.n_cols)
         for edit in delta.low_rank.values()
     )
-    return 8 * delta.nnz + per_sparse * delta.n_sparse + 4 * scales + 4 * factors
+    return 4 * delta.nnz + per_sparse * delta.n_sparse + 4 * scales + 4 * factors
 
 
 def _fastest(

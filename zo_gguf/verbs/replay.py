@@ -66,7 +66,7 @@ def replay(config: ReplayConfig) -> ReplayResult:
     if step > trajectory.n_records:
         raise ZoError(f"Step {step} was not reached; the trajectory has {trajectory.n_records}.")
     state = first_state(trainable, run.config.optimizer)
-    trainable.place(state.theta, 0)
+    trainable.place(0)
     trainable.set_units(parse_units(run.config.unit))
     with tqdm(total=step, desc="replay", unit="step", disable=None, leave=False) as bar:
         for record in trajectory.records():
@@ -74,11 +74,11 @@ def replay(config: ReplayConfig) -> ReplayResult:
                 break
             state.replay(record, trainable)
             bar.update(1)
-    delta = trainable.to_delta(state.theta, {"step": step, "replayed": True})
+    delta = trainable.to_delta({"step": step, "replayed": True})
     identical = None
     if known is not None and known.header.provenance["step"] == step:
         identical = _same_bits(known, delta)
-        delta = trainable.to_delta(state.theta, known.header.provenance)
+        delta = trainable.to_delta(known.header.provenance)
     if config.output:
         delta.save(Path(config.output))
     return ReplayResult(delta, step, identical, config.output)

@@ -105,7 +105,7 @@ def _train(
     try:
         run.reload_metrics(trajectory.n_records)
         state = run.load_state(trainable, trajectory.n_records)
-        trainable.place(state.theta, state.step)
+        trainable.place(state.step)
         clip = Clip(run.config.clip)
         for record in trajectory.records():
             clip.remember(record.directions)
@@ -117,6 +117,7 @@ def _train(
             _loop(session, interrupt)
     finally:
         trajectory.close()
+    engine.close()  # deltas are read and written in the memory that it had
     return finish(run, trainable, state)
 
 
@@ -159,8 +160,8 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
             record = Record(state.step + 1, rate, measured.directions)
             session.trajectory.append(record)
             try:
-                gradient = measured.gradient(session.trainable.noise)
-                state.apply(record, gradient, session.trainable)
+                # As long as a model: nothing may keep it until the next one is made.
+                state.apply(record, measured.gradient(session.trainable.noise), session.trainable)
             except ZoError as error:
                 session.trajectory.drop_last()  # so that the steps before it can be replayed
                 raise ZoError(f"Step {record.step} failed: {error} {_START_AGAIN}") from error
@@ -194,7 +195,7 @@ def _to_delta(session: Session, result: EvalResult | None = None) -> Delta:
     provenance: dict[str, Any] = {"step": session.state.step, "seed": session.config.seed}
     if result is not None:
         provenance["valid_loss"] = result.loss
-    return session.trainable.to_delta(session.state.theta, provenance)
+    return session.trainable.to_delta(provenance)
 
 
 def _out_of_patience(session: Session) -> bool:

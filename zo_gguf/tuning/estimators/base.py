@@ -123,24 +123,28 @@ def along(
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused as theta
 def mean_of_directions(directions: Sequence[Direction], noise: Noise) -> Vector:
     """Mean over directions of projected_grad * z(seed), float32 (nnz,)."""
-    scale = 1.0 / len(directions)
-    first, *others = directions
-    z = noise(first.seed)
-    total = np.empty_like(z)
-
-    def begin(part: slice) -> None:
-        np.multiply(np.float32(first.projected_grad * scale), z[part], out=total[part])
-
-    in_blocks(total.size, begin)
-    for direction in others:
-        share = np.float32(direction.projected_grad * scale)
-        z = noise(direction.seed)
-
-        def add(part: slice, share: np.float32 = share, z: Vector = z) -> None:
-            total[part] += share * z[part]
-
-        in_blocks(total.size, add)
+    shares = [np.float32(d.projected_grad * (1.0 / len(directions))) for d in directions]
+    total = _times(shares[0], noise(directions[0].seed))  # which is gone before the next is made
+    for direction, share in zip(directions[1:], shares[1:], strict=True):
+        _add(total, share, noise(direction.seed))
     return total
+
+
+def _times(share: np.float32, z: Vector) -> Vector:
+    product = np.empty_like(z)
+
+    def work(part: slice) -> None:
+        np.multiply(share, z[part], out=product[part])
+
+    in_blocks(z.size, work)
+    return product
+
+
+def _add(total: Vector, share: np.float32, z: Vector) -> None:
+    def work(part: slice) -> None:
+        total[part] += share * z[part]
+
+    in_blocks(total.size, work)
 
 
 def direction_seeds(seed: int, step: int, n: int) -> list[int]:

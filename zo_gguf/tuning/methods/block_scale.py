@@ -4,7 +4,7 @@ A block's weights are scale * code (and minimum, where the type has one); codes 
 theta, relative to the scales of the file, a scale is evaluated at d * (1 + theta + eps z), written
 into the loaded blocks. The paper's absolute perturbation, eps = 1e-3, is 2.7 times a typical Q8_0
 scale; `--absolute` reproduces it. Scales never change their sign. Stored: one f32 master per scale.
-Memory: 20 bytes per scale, 12 more within a step, what the optimizer keeps, and no mapping of the
+Memory: 12 bytes per scale, 8 more within a step, what the optimizer keeps, and no mapping of the
 file. The merged file is exact, of the same size and types.
 """
 

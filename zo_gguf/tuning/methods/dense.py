@@ -2,7 +2,7 @@
 
 z ~ N(0, I) over all weights of the chosen tensors; w + eps z is rounded to the tensor's type and
 written into the loaded weights, from f32 masters. On a quantized GGUF the norms and biases are
-float: the cheapest thing to tune. Memory: 16 bytes per weight, 12 more within a step, what the
+float: the cheapest thing to tune. Memory: 8 bytes per weight, 8 more within a step, what the
 optimizer keeps, and no mapping of the file. The merged file is the same with these tensors edited.
 """
 

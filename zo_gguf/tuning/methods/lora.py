@@ -2,7 +2,7 @@
 
 Each matrix W (m, n) gets W + (alpha / r) B A beside it, A (r, n) starting at seeded Gaussians of
 variance 1 / (3 n), as a uniform Kaiming start has, and B (m, r) at zero; both are perturbed
-at once. alpha = 2 r. Memory: 20 r (m + n) bytes per matrix. The result is a LoRA GGUF as it stands.
+at once. alpha = 2 r. Memory: 12 r (m + n) bytes per matrix. The result is a LoRA GGUF as it stands.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """`norm`: tune the weights of the norms (LayerNorm tuning, arXiv 2312.11420), by forward passes.
 
 z ~ N(0, I) over one gain per norm weight; w * (1 + g + eps z) is applied to the norm's output, so
-the file stays mapped and several probes share a decode. Memory: 16 bytes per weight and what the
+the file stays mapped and several probes share a decode. Memory: 8 bytes per weight and what the
 optimizer keeps; a model has a few thousand of them per layer. The merged file is exact: norms are
 float tensors. Norms with a row of weights for every head are left out.
 """

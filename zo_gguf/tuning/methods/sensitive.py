@@ -3,7 +3,7 @@
 z ~ N(0, I) over the mask's entries of all matrices at once; the model is evaluated at
 W + S(theta + eps z), with W as stored in the GGUF and S the scatter to the mask's positions, added
 to each matrix product's output. Stored: one f32 master per entry, starting at the quantization
-residual, so that the tuned entries start at full precision. Memory: some 48 bytes per entry, and
+residual, so that the tuned entries start at full precision. Memory: some 40 bytes per entry, and
 what the optimizer keeps. Limits: 2-D weights of plain matrix products; the embedding is not tuned.
 """
 
