@@ -171,7 +171,7 @@ class Context:
 
     def decode(self, batch: DecodeBatch) -> int:
         """llama_decode after `make_room`, with nothing in the cache before; returns its status."""
-        # A masked cell counts 0 times what is left in it, and so is NaN where that is.
+        # Attention weighs masked cells by 0, but 0 * NaN is NaN: after one, the cache is erased.
         memory, erase = llama_cpp.llama_get_memory(self._context), not self.is_clean
         llama_cpp.llama_memory_clear(memory, erase)
         self.is_clean = False  # as long as nobody has looked at the results

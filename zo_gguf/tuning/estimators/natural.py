@@ -23,8 +23,8 @@ import numpy as np
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Example
+from zo_gguf.engine.batch import Matrix, Scores, Vector
 from zo_gguf.engine.engine import Engine
-from zo_gguf.engine.probe import Matrix, Scores, Vector
 from zo_gguf.tuning.estimators.base import (
     Estimate,
     Estimator,
@@ -135,7 +135,7 @@ def _from_choices(there: Matrix, here: Matrix, target: Vector, eps: float) -> tu
 def _from_tokens(there: Matrix, here: Matrix, eps: float) -> tuple[Matrix, Matrix]:
     """As `_from_choices`; the mean over the predictions of 1 - q / p is 0 for every q."""
     gain = here - there  # log q / p, (n_directions, n_tokens)
-    # From e times as likely on along the tangent, or one such token would outweigh all others.
+    # q / p, but beyond e its tangent there: or a single token could outweigh all others.
     change = (1 - np.exp(np.minimum(gain, 1)) * np.maximum(gain, 1)) / eps
     return change.mean(axis=1), change / np.sqrt(change.shape[1])
 
