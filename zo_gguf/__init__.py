@@ -19,39 +19,61 @@ if TYPE_CHECKING:
     from zo_gguf.data.dataset import load_examples as load_examples
     from zo_gguf.engine.attach import attach as attach
     from zo_gguf.engine.attach import detach as detach
+    from zo_gguf.engine.batch import Scores as Scores
     from zo_gguf.engine.engine import Engine as Engine
-    from zo_gguf.engine.engine import Probe as Probe
+    from zo_gguf.engine.evaluation import EvalResult as EvalResult
     from zo_gguf.errors import ZoError as ZoError
+    from zo_gguf.libzo import Probe as Probe
+    from zo_gguf.merging.result import MergeResult as MergeResult
     from zo_gguf.params.delta import Delta as Delta
     from zo_gguf.params.mask import Mask as Mask
-    from zo_gguf.tuning.calibrate import choose_eps as choose_eps
+    from zo_gguf.tuning.report import TuneResult as TuneResult
     from zo_gguf.tuning.trajectory import Trajectory as Trajectory
+    from zo_gguf.verbs.data_check import DataCheck as DataCheck
+    from zo_gguf.verbs.data_check import data_check as data_check
     from zo_gguf.verbs.evaluate import evaluate as evaluate
+    from zo_gguf.verbs.export import ExportResult as ExportResult
     from zo_gguf.verbs.export import export as export
     from zo_gguf.verbs.merge import merge as merge
+    from zo_gguf.verbs.plan import PlanResult as PlanResult
+    from zo_gguf.verbs.plan import plan as plan
+    from zo_gguf.verbs.replay import ReplayResult as ReplayResult
+    from zo_gguf.verbs.replay import replay as replay
+    from zo_gguf.verbs.tune import resume as resume
     from zo_gguf.verbs.tune import tune as tune
 
 _MODULES = {
+    "DataCheck": "verbs.data_check",
     "DataCheckConfig": "config",
     "Delta": "params.delta",
     "Engine": "engine.engine",
     "EvalConfig": "config",
+    "EvalResult": "engine.evaluation",
     "Example": "data.dataset",
     "ExportConfig": "config",
+    "ExportResult": "verbs.export",
     "Mask": "params.mask",
     "MergeConfig": "config",
-    "Probe": "engine.engine",
+    "MergeResult": "merging.result",
+    "PlanResult": "verbs.plan",
+    "Probe": "libzo",
     "ReplayConfig": "config",
+    "ReplayResult": "verbs.replay",
+    "Scores": "engine.batch",
     "Trajectory": "tuning.trajectory",
     "TuneConfig": "config",
+    "TuneResult": "tuning.report",
     "ZoError": "errors",
     "attach": "engine.attach",
-    "choose_eps": "tuning.calibrate",
+    "data_check": "verbs.data_check",
     "detach": "engine.attach",
     "evaluate": "verbs.evaluate",
     "export": "verbs.export",
     "load_examples": "data.dataset",
     "merge": "verbs.merge",
+    "plan": "verbs.plan",
+    "replay": "verbs.replay",
+    "resume": "verbs.tune",
     "tune": "verbs.tune",
 }
 __all__ = [*_MODULES, "__version__"]

@@ -18,6 +18,7 @@ from zo_gguf.config import (
     config_hash,
     load_config,
     save_config,
+    takes,
     to_dict,
 )
 from zo_gguf.config.option import Config, add_arguments, flags, parse_fields
@@ -188,6 +189,17 @@ def test_missing_options_are_named_together() -> None:
         build(TuneConfig, {})
     with pytest.raises(ZoError, match="RUN, -o/--output"):
         build(MergeConfig, {})
+
+
+def test_a_verb_takes_a_config_or_its_options() -> None:
+    verb = takes(TuneConfig)(lambda config: config)
+    assert verb(tune(iters=5)) == verb(**NEEDED, iters=5) == tune(iters=5)
+    with pytest.raises(ZoError, match="unknown option 'itres'; did you mean 'iters'"):
+        verb(**NEEDED, itres=5)
+    with pytest.raises(ZoError, match="missing -m/--model"):
+        verb(iters=5)
+    with pytest.raises(ZoError, match="TuneConfig and iters were given"):
+        verb(tune(), iters=5)
 
 
 def test_config_hash_depends_on_values_only() -> None:

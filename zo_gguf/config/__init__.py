@@ -4,6 +4,7 @@ from zo_gguf.config.option import build as build
 from zo_gguf.config.option import config_hash as config_hash
 from zo_gguf.config.option import load_config as load_config
 from zo_gguf.config.option import save_config as save_config
+from zo_gguf.config.option import takes as takes
 from zo_gguf.config.option import to_dict as to_dict
 from zo_gguf.config.tune import MASK_SUFFIX as MASK_SUFFIX
 from zo_gguf.config.tune import TuneConfig as TuneConfig

@@ -9,6 +9,7 @@ declared type, because YAML 1.1 reads `1e-5` as text.
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -16,8 +17,8 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar, Union
 
 from zo_gguf.errors import ZoError
 from zo_gguf.system import atomic_write, require_file
@@ -293,6 +294,9 @@ def _help_text(item: "dataclasses.Field[Any]") -> str:
 
 
 C = TypeVar("C", bound=Config)
+C_contra = TypeVar("C_contra", bound=Config, contravariant=True)
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 _MAX_BYTES = 1 << 20
 
 
@@ -324,6 +328,35 @@ def build(
     if missing:
         raise ZoError(f"missing {', '.join(missing)}; give it as an option or in --config FILE.")
     return cls(**merged)
+
+
+class Verb(Protocol[C_contra, R_co]):
+    """A function of one config, or of its options as keywords."""
+
+    def __call__(self, config: C_contra | None = None, /, **options: Any) -> R_co:
+        """Run it."""
+        ...
+
+
+def takes(cls: type[C]) -> Callable[[Callable[[C], R]], Verb[C, R]]:
+    """Let a function of a config be called with the config's options instead.
+
+    Called so, it also raises ZoError for options that are unknown, missing or of a bad value.
+    """
+
+    def decorate(function: Callable[[C], R]) -> Verb[C, R]:
+        @functools.wraps(function)
+        def called(config: C | None = None, /, **options: Any) -> R:
+            if config is None:
+                config = build(cls, options)
+            elif options:
+                given = ", ".join(options)
+                raise ZoError(f"{cls.__name__} and {given} were given; put all into one of them.")
+            return function(config)
+
+        return called
+
+    return decorate
 
 
 def load_config(cls: type[C], path: str | os.PathLike[str]) -> C:

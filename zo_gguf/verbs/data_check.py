@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zo_gguf.config import DataCheckConfig
+from zo_gguf.config import DataCheckConfig, takes
 from zo_gguf.data.dataset import Example, find_split, iter_examples
 from zo_gguf.data.encode import Tokenizer
 from zo_gguf.engine.engine import Engine
@@ -76,6 +76,7 @@ class DataCheck:
         return "\n".join([*_table(self.summaries), "", *_row_lines(self.row, _use_color())])
 
 
+@takes(DataCheckConfig)
 def data_check(config: DataCheckConfig) -> DataCheck:
     """Validate every row of a file or folder with a model's tokenizer.
 
@@ -102,20 +103,20 @@ def data_check(config: DataCheckConfig) -> DataCheck:
                     continue
                 examples.append(example)
                 if n_rows == config.row:
-                    shown = show_row(example, engine)
-            summaries += summarize_rows(file.name, examples, engine)
+                    shown = show_row(example, engine.vocabulary)
+            summaries += summarize_rows(file.name, examples, engine.vocabulary)
     _report_errors(errors, n_rows)
     if shown is None:
         raise ZoError(f"row {config.row} does not exist; the data has {n_rows} rows.")
     return DataCheck(summaries, shown)
 
 
-def summarize_rows(file: str, examples: Iterable[Example], engine: Tokenizer) -> list[Summary]:
+def summarize_rows(file: str, examples: Iterable[Example], tokenizer: Tokenizer) -> list[Summary]:
     """One summary for every kind of row, in order of appearance."""
     kinds: dict[str, list[Example]] = {}
     for example in examples:
         kinds.setdefault(example.kind, []).append(example)
-    ends = {engine.eos_id, engine.eot_id}
+    ends = {tokenizer.eos_id, tokenizer.eot_id}
     summaries = []
     for kind, rows in kinds.items():
         lengths = [len(row.tokens) for row in rows]
@@ -136,11 +137,11 @@ def summarize_rows(file: str, examples: Iterable[Example], engine: Tokenizer) ->
     return summaries
 
 
-def show_row(example: Example, engine: Tokenizer) -> ShownRow:
+def show_row(example: Example, tokenizer: Tokenizer) -> ShownRow:
     """An example as text, cut where counting starts and stops."""
     runs: list[tuple[str, bool]] = []
     for token, counts in zip(example.tokens, example.target_mask, strict=True):
-        text = engine.token_text(token)
+        text = tokenizer.token_text(token)
         if runs and runs[-1][1] == counts:
             runs[-1] = (runs[-1][0] + text, counts)
         else:
@@ -148,9 +149,9 @@ def show_row(example: Example, engine: Tokenizer) -> ShownRow:
     return ShownRow(
         example.source,
         len(example.tokens),
-        example.tokens.count(engine.bos_id),
+        example.tokens.count(tokenizer.bos_id),
         runs,
-        ["".join(map(engine.token_text, choice)) for choice in example.choices],
+        ["".join(map(tokenizer.token_text, choice)) for choice in example.choices],
         example.answer,
     )
 

@@ -1,12 +1,13 @@
 """`zo-gguf eval`: loss, perplexity and accuracy of a GGUF on a data file."""
 
-from zo_gguf.config import EvalConfig
+from zo_gguf.config import EvalConfig, takes
 from zo_gguf.data.dataset import load_examples
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.evaluation import EvalResult, measure
 from zo_gguf.params.delta import Delta
 
 
+@takes(EvalConfig)
 def evaluate(config: EvalConfig) -> EvalResult:
     """Measure a model, or a model with a delta, on a data file.
 
@@ -16,7 +17,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     delta = Delta.load(config.delta) if config.delta is not None else None
     with Engine(
         config.model,
-        mask=delta,
+        delta=delta,
         n_threads=config.threads,
         ctx_tokens=config.ctx_tokens,
         n_gpu_layers=config.n_gpu_layers,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from zo_gguf.config import MASK_SUFFIX, ExportConfig
+from zo_gguf.config import MASK_SUFFIX, ExportConfig, takes
 from zo_gguf.engine.model import check_architecture
 from zo_gguf.engine.quantize import quant_name, quantize
 from zo_gguf.errors import DoesNotFitError, ZoError
@@ -76,6 +76,7 @@ class _Output(NamedTuple):
     mask: Path
 
 
+@takes(ExportConfig)
 def export(config: ExportConfig) -> ExportResult:
     """Write `OUT/<name>-<QUANT>.gguf` and `.mask.safetensors` for each quant; print a table.
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import zo_gguf
-from zo_gguf.config import EnvConfig, InfoConfig
+from zo_gguf.config import EnvConfig, InfoConfig, takes
 from zo_gguf.config.option import to_dict
 from zo_gguf.engine.amx import amx_is_left_out, amx_problem
 from zo_gguf.engine.backends import (
@@ -83,6 +83,7 @@ def _text(value: Any) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
+@takes(InfoConfig)
 def info(config: InfoConfig) -> Facts:
     """Describe a GGUF, mask, delta, LoRA, trajectory or run folder.
 
@@ -243,6 +244,7 @@ def _json_file(path: Path) -> dict[str, Any]:
 # ---- env -----------------------------------------------------------------------------------------
 
 
+@takes(EnvConfig)
 def env(config: EnvConfig) -> Facts:
     """Versions, what llama.cpp can compute on, and whether a GPU will be used."""
     devices = list_devices()

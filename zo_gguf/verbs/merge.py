@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zo_gguf
-from zo_gguf.config import MergeConfig
+from zo_gguf.config import MergeConfig, takes
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.gguf_files.write import Value, check_disk
 from zo_gguf.merging.edits import write_edited
@@ -60,6 +60,7 @@ class _Job:
     provenance: _Keys
 
 
+@takes(MergeConfig)
 def merge(config: MergeConfig) -> MergeResult:
     """Write the merged GGUF or LoRA, and a `.merge.json` with the numbers beside it.
 

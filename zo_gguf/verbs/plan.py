@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import psutil
 
-from zo_gguf.config import TuneConfig
+from zo_gguf.config import TuneConfig, takes
 from zo_gguf.data.dataset import Draw
+from zo_gguf.engine.backends import supports_offload
 from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
@@ -95,6 +96,7 @@ class PlanResult:
         return "\n".join(lines)
 
 
+@takes(TuneConfig)
 def plan(config: TuneConfig) -> PlanResult:
     """Load the model, time three steps, and say what the run will take. Writes nothing.
 
@@ -235,7 +237,7 @@ def _check_disk(config: TuneConfig, needed: int) -> None:
 def _gpu_in_words(engine: Engine, n_gpu_layers: int) -> str:
     if n_gpu_layers == 0:
         return "not used (-ngl 0)"
-    if not engine.supports_gpu:
+    if not supports_offload():
         return "not used: this llama-cpp-python finds no GPU, or was built without a backend for it"
     layers = "all" if n_gpu_layers < 0 else n_gpu_layers
     return f"{layers} layers offloaded; their weights are not in RAM"

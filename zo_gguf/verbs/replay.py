@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from zo_gguf.config import ReplayConfig
+from zo_gguf.config import ReplayConfig, takes
 from zo_gguf.config.tune import parse_units
 from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
@@ -44,6 +44,7 @@ class ReplayResult:
         return f"Replayed {self.step} steps, {self.delta.nnz} weights. {comparison}{written}"
 
 
+@takes(ReplayConfig)
 def replay(config: ReplayConfig) -> ReplayResult:
     """Rebuild the delta of a run.
 

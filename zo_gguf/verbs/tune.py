@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zo_gguf.config import TuneConfig
+from zo_gguf.config import TuneConfig, takes
 from zo_gguf.config.tune import parse_units
 from zo_gguf.data.dataset import Draw, Example, digest_examples
 from zo_gguf.engine.engine import Engine
@@ -53,6 +53,7 @@ class Session:
         return self.run.config
 
 
+@takes(TuneConfig)
 def tune(config: TuneConfig) -> TuneResult:
     """Fine-tune a quantized GGUF with forward passes only.
 
