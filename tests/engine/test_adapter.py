@@ -13,10 +13,10 @@ from tests.helpers.tiny_gguf import WORDS, random_delta, write_llama
 from zo_gguf.config import ReplayConfig, TuneConfig
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.adapter import choose_path
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import Tensors
+from zo_gguf.libzo import Probe, Tensors
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.lora import SparseFactors
 from zo_gguf.params.mask import Mask, MaskHeader
@@ -52,7 +52,7 @@ def config(folder: Path, method: str, quant: str = "F32", **options: Any) -> Tun
 
 def losses(given: TuneConfig, path: str, theta: np.ndarray | None = None) -> np.ndarray:
     delta = start(given, GgufFile(given.model))
-    with Engine(given.model, mask=delta, n_threads=1, path=path) as engine:
+    with Engine(given.model, delta=delta, n_threads=1, path=path) as engine:
         assert engine.path == path
         engine.parameters.set_units({"subspace": 0.5})
         if theta is not None:
@@ -135,7 +135,7 @@ def test_what_no_adapter_holds_is_refused(method: str, tmp_path: Path) -> None:
     gguf = GgufFile(given.model)
     delta = start(given, gguf)
     with pytest.raises(ZoError, match="no LoRA can carry; use --path hook"):
-        Engine(given.model, mask=delta, n_threads=1, path="adapter")
+        Engine(given.model, delta=delta, n_threads=1, path="adapter")
     assert choose_path("auto", gguf, delta, staged=True) == "hook"
 
 
@@ -157,7 +157,7 @@ def test_adapter_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
 
     def path(**options: Any) -> str:
-        with Engine(given.model, mask=delta, n_threads=1, n_gpu_layers=-1, **options) as engine:
+        with Engine(given.model, delta=delta, n_threads=1, n_gpu_layers=-1, **options) as engine:
             assert np.isfinite(engine.losses(ROWS, PROBES)).all()
             return engine.path
 
@@ -173,6 +173,6 @@ def test_one_probe_in_a_decode(tmp_path: Path) -> None:
     given = config(tmp_path, "sensitive")
     delta = start(given, GgufFile(given.model))
     with pytest.raises(ZoError, match="one probe at a time"):
-        Engine(given.model, mask=delta, n_threads=1, path="adapter", probes_per_decode=2)
-    with Engine(given.model, mask=delta, n_threads=1, path="adapter") as engine:
+        Engine(given.model, delta=delta, n_threads=1, path="adapter", probes_per_decode=2)
+    with Engine(given.model, delta=delta, n_threads=1, path="adapter") as engine:
         assert engine.widest(ROWS) == 1

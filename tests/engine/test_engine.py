@@ -12,9 +12,10 @@ from tests.helpers import models, reference
 from tests.helpers.tiny_gguf import random_delta, write_llama
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.attach import attach, detach
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask, MaskHeader
 from zo_gguf.tuning.calibrate import choose_eps, measure_noise
@@ -41,7 +42,7 @@ def random_mask(gguf_path: Path, density: float, scale: float = 0.0, **extra: st
 def correlation(engine: Engine, model: object, examples: list, eps: float) -> float:
     """Engine's projected gradients against autograd's directional derivatives."""
     noises = [engine.noise(seed) for seed in range(N_PROBES)]
-    mask = engine.mask
+    mask = engine.delta
     exact = reference.directional_derivatives(model, examples, mask.tensors, mask.shapes, noises)
     probes = [Probe(seed, sign * eps) for seed in range(N_PROBES) for sign in (1, -1)]
     losses = engine.losses(examples, probes).mean(axis=1).reshape(-1, 2)
@@ -63,13 +64,13 @@ def test_projected_gradient_is_the_directional_derivative(
     quant: str, least: float, tiny_export: SimpleNamespace, tiny_llama_dir: Path, rows: Callable
 ) -> None:
     path = tiny_export.model(quant)
-    with Engine(path, mask=tiny_export.mask(quant)) as engine:
+    with Engine(path, delta=tiny_export.mask(quant)) as engine:
         # The issue at hand is the gradient, so rows count their right choice only.
         from dataclasses import replace
 
         examples = [replace(row, choices=(), answer=-1) for row in rows(engine)]
         model = reference.torch_model(tiny_llama_dir, path)
-        reference.add_delta(model, engine.mask.tensors, engine.mask.shapes, engine.theta())
+        reference.add_delta(model, engine.delta.tensors, engine.delta.shapes, engine.theta())
         assert correlation(engine, model, examples, choose_eps(engine, examples)) >= least
 
 
@@ -77,9 +78,9 @@ def test_projected_gradient_is_the_directional_derivative(
 def test_losses_and_gradients_of_other_architectures(kind: str) -> None:
     converted = models.converted(kind)
     mask = random_mask(converted.gguf, 0.02, scale=0.05)
-    with Engine(converted.gguf, mask=mask) as engine:
-        prompt = [engine.bos_id] * engine.add_bos
-        texts = [prompt + engine.tokenize(text) for text in models.sentences(6)]
+    with Engine(converted.gguf, delta=mask) as engine:
+        prompt = [engine.vocabulary.bos_id] * engine.vocabulary.add_bos
+        texts = [prompt + engine.vocabulary.tokenize(text) for text in models.sentences(6)]
         from zo_gguf.data.dataset import Example
 
         examples = [Example(t, [False] + [True] * (len(t) - 1)) for t in texts]
@@ -102,13 +103,13 @@ def test_every_path_gives_the_same_losses(tiny_export: SimpleNamespace, rows: Ca
         "small decodes": {"ctx_tokens": 128},
         "one thread": {"n_threads": 1},
     }
-    with Engine(path, mask=mask) as engine:
+    with Engine(path, delta=mask) as engine:
         examples = rows(engine)
         expected = engine.losses(examples, probes)
         assert np.abs(expected[0] - expected[1]).max() > 0.05  # the probes do something
         assert np.array_equal(engine.losses(examples, probes), expected)  # bit for bit
     for name, options in variants.items():
-        with Engine(path, mask=mask, **options) as engine:
+        with Engine(path, delta=mask, **options) as engine:
             losses = engine.losses(examples, probes)
             np.testing.assert_allclose(losses, expected, atol=5e-3, err_msg=name)
             if name in ("staged", "one thread"):
@@ -127,7 +128,7 @@ def test_choice_losses_match_torch(
 
 
 def test_theta_round_trip_and_noise(tiny_export: SimpleNamespace) -> None:
-    with Engine(tiny_export.model("Q8_0"), mask=tiny_export.mask("Q8_0")) as engine:
+    with Engine(tiny_export.model("Q8_0"), delta=tiny_export.mask("Q8_0")) as engine:
         mask = Mask.load(tiny_export.mask("Q8_0"))
         assert np.array_equal(engine.theta(), mask.theta0())
         theta = np.linspace(-1, 1, engine.nnz).astype(np.float32)
@@ -144,7 +145,7 @@ def test_theta_round_trip_and_noise(tiny_export: SimpleNamespace) -> None:
 def test_a_probe_that_breaks_leaves_nothing_behind(tiny_export: SimpleNamespace) -> None:
     """llama.cpp multiplies masked cells of its cache by 0, which NaN survives (from 64 tokens)."""
     short, long = (Example([*range(300, 300 + n)], [k > 0 for k in range(n)]) for n in (100, 120))
-    with Engine(tiny_export.model("F16"), mask=tiny_export.mask("F16"), n_threads=1) as engine:
+    with Engine(tiny_export.model("F16"), delta=tiny_export.mask("F16"), n_threads=1) as engine:
         before = engine.losses([short])
         assert np.isnan(engine.losses([long], [Probe(1, 1e4)])).all()
         np.testing.assert_array_equal(engine.losses([short]), before)
@@ -153,7 +154,7 @@ def test_a_probe_that_breaks_leaves_nothing_behind(tiny_export: SimpleNamespace)
 def test_a_weight_that_never_multiplies_is_named(
     tiny_export: SimpleNamespace, rows: Callable
 ) -> None:
-    with Engine(tiny_export.model("F16"), mask=tiny_export.mask("F16")) as engine:
+    with Engine(tiny_export.model("F16"), delta=tiny_export.mask("F16")) as engine:
         store = engine.parameters._store
         store.add("blk.99.attn_q.weight", (2, 2), np.array([0]), np.zeros(1, np.float32))
         with pytest.raises(ZoError, match=r"never multiplied by: blk\.99\.attn_q\.weight"):
@@ -171,12 +172,12 @@ def test_embedding_masks_are_refused(tiny_export: SimpleNamespace) -> None:
         MaskHeader(path.name, file.sha256(), "random", 0.1),
     )
     with pytest.raises(ZoError, match=r"embedding.*--exclude"):
-        Engine(path, mask=mask)
+        Engine(path, delta=mask)
 
 
 def test_mask_of_another_base_is_refused(tiny_export: SimpleNamespace) -> None:
     with pytest.raises(ZoError, match=r"tiny-llama-Q8_0\.gguf"):
-        Engine(tiny_export.model("Q4_0"), mask=tiny_export.mask("Q8_0"))
+        Engine(tiny_export.model("Q4_0"), delta=tiny_export.mask("Q8_0"))
 
 
 def test_noise_floor_separates_rounding_from_signal(
@@ -184,7 +185,7 @@ def test_noise_floor_separates_rounding_from_signal(
 ) -> None:
     reports = {}
     for quant in ("F16", "Q4_0"):
-        with Engine(tiny_export.model(quant), mask=tiny_export.mask(quant)) as engine:
+        with Engine(tiny_export.model(quant), delta=tiny_export.mask(quant)) as engine:
             reports[quant] = measure_noise(engine, rows(engine))
     # int8 activations are far noisier than f16 ones, so eps must be larger.
     assert reports["Q4_0"].floor > 5 * reports["F16"].floor
@@ -199,7 +200,7 @@ def test_attach_answers_like_the_engine(tiny_export: SimpleNamespace, rows: Call
     mask = Mask.load(tiny_export.mask("F16"))
     theta = np.random.default_rng(0).normal(0, 0.2, mask.nnz).astype(np.float32)
     delta = Delta.from_mask(mask, theta, {"step": 1})
-    with Engine(path, mask=delta) as engine:
+    with Engine(path, delta=delta) as engine:
         examples = rows(engine)
         tuned = engine.losses(examples)[0]
     llama = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False)
@@ -250,13 +251,13 @@ def test_attached_models_raise_where_a_node_is_refused(tmp_path: Path) -> None:
 def test_nothing_stays_of_a_decode_that_was_refused(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "m.gguf")
     row = Example([1, 100, 101, 102], [False, True, True, True])
-    with Engine(path, mask=random_delta(GgufFile(path)), n_threads=1) as engine:
+    with Engine(path, delta=random_delta(GgufFile(path)), n_threads=1) as engine:
         engine.losses([row])
-        assert engine._context.is_clean
+        assert engine._forward._context.is_clean
         engine.parameters._store.add("output.weight", (3, 5), np.array([2]), np.ones(1, np.float32))
         with pytest.raises(ZoError, match=r"output\.weight has an unexpected shape or type"):
             engine.losses([row])
-        assert not engine._context.is_clean  # so that the next decode erases the cache
+        assert not engine._forward._context.is_clean  # so that the next decode erases the cache
 
 
 def stock_loss(llama: llama_cpp.Llama, example: object) -> float:

@@ -12,9 +12,10 @@ from tests.helpers import models
 from zo_gguf.config import MergeConfig, TuneConfig
 from zo_gguf.data.dataset import Example, load_examples
 from zo_gguf.engine.attach import attach, detach
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.merging.edits import write_edited
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
@@ -64,7 +65,7 @@ def test_gains_equal_edited_norms(
     np.testing.assert_allclose(
         edited.dequantize("blk.1.ffn_norm.weight"), weights * (1 + gains), rtol=1e-6
     )
-    with Engine(path, mask=delta, force_staged=staged) as engine:
+    with Engine(path, delta=delta, force_staged=staged) as engine:
         hooked = engine.losses(rows(engine))
         examples = rows(engine)
     with Engine(path) as engine:
@@ -94,7 +95,7 @@ def test_norms_of_heads(n_tokens: int, tmp_path: Path) -> None:
 
 
 def _loss(path: Path, row: Example, mask: Delta | None) -> float:
-    with Engine(path, mask=mask, n_threads=1) as engine:
+    with Engine(path, delta=mask, n_threads=1) as engine:
         return float(engine.losses([row]).item())
 
 
@@ -103,12 +104,12 @@ def test_probes_share_a_decode(
 ) -> None:
     delta, path = norm_delta("F16"), tiny_export.model("F16")
     probes = [Probe(5, 0.05), Probe(5, -0.05), Probe(9, 0.1), Probe(0, 0.0)]
-    with Engine(path, mask=delta) as engine:
+    with Engine(path, delta=delta) as engine:
         apart = engine.losses(rows(engine), probes)
         z = engine.noise(5)
         engine.set_theta(delta.theta + np.float32(0.05) * z)
         shifted = engine.losses(rows(engine))
-    with Engine(path, mask=delta, probes_per_decode=4) as engine:
+    with Engine(path, delta=delta, probes_per_decode=4) as engine:
         together = engine.losses(rows(engine), probes)
     np.testing.assert_allclose(together, apart, atol=2e-3)
     np.testing.assert_allclose(shifted[0], apart[0], atol=1e-6)

@@ -18,6 +18,7 @@ from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
 from zo_gguf.verbs.merge import merge
 
+model_module = importlib.import_module("zo_gguf.engine.model")
 engine_module = importlib.import_module("zo_gguf.engine.engine")
 FEATURES = backends.cpu_features().split(", ")
 # What this CPU repacks, of the types that any CPU does.
@@ -29,13 +30,13 @@ class Loads:
     """Counts how a model is loaded, and decides it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pays, self.seen, load = True, list[bool](), engine_module.load_model
+        self.pays, self.seen, load = True, list[bool](), model_module.load_model
 
         def counting(path: Path, n_gpu_layers: int, writable: bool, repack: bool) -> object:
             self.seen.append(repack)
             return load(path, n_gpu_layers, writable, repack)
 
-        monkeypatch.setattr(engine_module, "load_model", counting)
+        monkeypatch.setattr(model_module, "load_model", counting)
         monkeypatch.setattr(engine_module, "repacking_pays", lambda gguf: self.pays)
 
     def losses(self, model: Path, delta: Delta | None = None, *, pays: bool = True) -> NDArray:
@@ -44,7 +45,7 @@ class Loads:
         rng = np.random.default_rng(3)
         mask = [False] * 4 + [True] * 8
         rows = [Example(rng.integers(3, 260, 12).tolist(), mask) for _ in range(6)]
-        with Engine(model, mask=delta, n_threads=1, ctx_tokens=128) as engine:
+        with Engine(model, delta=delta, n_threads=1, ctx_tokens=128) as engine:
             return engine.losses(rows)[0]
 
 

@@ -13,15 +13,17 @@ from tests.helpers.tiny_gguf import random_delta, write_llama
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import (
     MAX_SEQUENCES,
+    Scores,
     TokenSequence,
     build_request,
     lay_out,
     pack,
     repetitions,
 )
-from zo_gguf.engine.engine import Engine, Probe, Scores
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 
 PROMPT = list(range(1, 8))
 FIELDS = ("losses", "correct")
@@ -141,7 +143,7 @@ def test_losses_are_those_of_single_texts(
     probes = [Probe(0, 0.0), Probe(3, 0.1), Probe(3, -0.1)]
 
     def score(*, one_by_one: bool = False, **options: Any) -> Scores:
-        with Engine(path, mask=delta, n_threads=1, ctx_tokens=512, **options) as engine:
+        with Engine(path, delta=delta, n_threads=1, ctx_tokens=512, **options) as engine:
             if not one_by_one:
                 return engine.score(make(), probes)
             each = [engine.score([row], probes) for row in make()]

@@ -20,9 +20,10 @@ from zo_gguf.config import ReplayConfig, TuneConfig
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.attach import attach
 from zo_gguf.engine.backends import list_devices
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
 from zo_gguf.verbs.replay import replay
@@ -51,7 +52,7 @@ def losses(given: TuneConfig, n_gpu_layers: int, path: str, **options: Any) -> n
     probes = options.pop("probes", PROBES)
     delta = start(given, GgufFile(given.model))
     with Engine(
-        given.model, mask=delta, n_threads=1, n_gpu_layers=n_gpu_layers, path=path, **options
+        given.model, delta=delta, n_threads=1, n_gpu_layers=n_gpu_layers, path=path, **options
     ) as engine:
         return np.asarray(engine.losses(rows, probes))
 

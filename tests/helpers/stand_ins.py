@@ -15,7 +15,8 @@ import llama_cpp
 import numpy as np
 
 from zo_gguf.data.dataset import Example, load_examples
-from zo_gguf.engine.engine import Probe, Scores
+from zo_gguf.engine.batch import Scores
+from zo_gguf.libzo import Probe
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -57,6 +58,7 @@ class FakeEngine:
         self.ctx_tokens = ctx_tokens
         self.n_ctx_train = n_ctx_train
         self.calls: list[int] = []
+        self.vocabulary = self
 
     def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
         text.encode()  # the real one needs bytes too

@@ -46,7 +46,7 @@ def learnable_rows(base: Path, delta: Delta, path: Path, *, worst: bool = False)
         {"prompt": " ".join(rng.choice(words, 4)), "choices": WORDS[:5], "answer": 0}
         for _ in range(24)
     ]
-    with Engine(base, mask=delta, n_threads=1, ctx_tokens=256) as engine:
+    with Engine(base, delta=delta, n_threads=1, ctx_tokens=256) as engine:
         losses = []
         for answer in range(5):
             trial = write_rows(path, [{**row, "answer": answer} for row in rows])
@@ -125,7 +125,7 @@ def test_what_survives_is_measured(made: tuple[Path, Path, Path], tmp_path: Path
     assert result.retention == pytest.approx((result.base.loss - result.merged.loss) / gain)
     assert result.retention > 0.7
     assert result.merged.n == 24
-    with Engine(made[0], mask=Delta.load(made[1]), n_threads=1, ctx_tokens=256) as engine:
+    with Engine(made[0], delta=Delta.load(made[1]), n_threads=1, ctx_tokens=256) as engine:
         examples = load_examples(made[2], engine)
         assert result.tuned.loss == pytest.approx(engine.losses(examples).mean(), abs=2e-3)
     assert result.merged.loss == pytest.approx(measure_stock(output, examples).result.loss)

@@ -22,11 +22,11 @@ from tests.helpers import stand_in_gpu
 from tests.helpers.tiny_gguf import CACHE_ROUNDING, random_delta, write_llama
 from zo_gguf import libzo
 from zo_gguf.config import TuneConfig
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import NORMAL, RADEMACHER, pointer
+from zo_gguf.libzo import NORMAL, RADEMACHER, Probe, pointer
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
 
@@ -75,7 +75,7 @@ def losses(
     **options: Any,
 ) -> np.ndarray:
     """Losses of ROWS at the probes, (n_probes, n_rows)."""
-    with Engine(model, mask=delta, n_threads=1, path="hook", **options) as engine:
+    with Engine(model, delta=delta, n_threads=1, path="hook", **options) as engine:
         if theta is not None:
             engine.losses(ROWS[:1], [Probe(5, 0.1)])  # at another theta: nothing of it may stay
             engine.parameters.write(theta, 4)  # of 5 steps: in the last subspace
@@ -182,7 +182,7 @@ def test_large_products_of_layers_on_the_cpu(tmp_path: Path) -> None:
     for method in METHODS:
         given, delta, theta = prepare(tmp_path, method, "F32")
         launches = native_library().functions.zo_gpu_launches
-        with Engine(given.model, mask=delta, n_threads=1, path="hook") as engine:
+        with Engine(given.model, delta=delta, n_threads=1, path="hook") as engine:
             engine.parameters.write(theta, 4)
             rows, before = list(ROWS) * 8, launches()  # 64 tokens; from 32 on they move
             moved, after = engine.losses(rows, PROBES), launches()
@@ -243,10 +243,10 @@ def test_logits_stay_where_they_are(
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     if not vocabulary_fits:
         monkeypatch.setattr("zo_gguf.engine.context._MOST_BYTES", 1000)
-    with Engine(given.model, mask=delta, n_threads=1, path="hook", n_gpu_layers=-1) as engine:
+    with Engine(given.model, delta=delta, n_threads=1, path="hook", n_gpu_layers=-1) as engine:
         found = engine.losses(ROWS, PROBES)
-        assert engine._context is not None
-        logits = llama_cpp.llama_get_logits(engine._context._context)
+        assert engine._forward is not None
+        logits = llama_cpp.llama_get_logits(engine._forward._context._context)
         assert (np.ctypeslib.as_array(logits, (100,)) == 0).all() == vocabulary_fits
         longer = engine.losses(list(ROWS) * 3, PROBES)  # a larger context, with more sequences
     np.testing.assert_array_equal(found, plain)

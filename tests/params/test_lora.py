@@ -116,7 +116,7 @@ def test_file_and_stock_loss(base: GgufFile, tmp_path: Path) -> None:
         row, col, value = delta.as_rows(name)
         np.testing.assert_array_equal((b @ a)[row, col], value)
 
-    with Engine(base.path, mask=delta, n_threads=1, ctx_tokens=256) as engine:
+    with Engine(base.path, delta=delta, n_threads=1, ctx_tokens=256) as engine:
         tuned = engine.losses(EXAMPLES)[0]
         engine.set_theta(0 * engine.theta())
         plain = engine.losses(EXAMPLES)[0]
@@ -136,7 +136,7 @@ def test_ranks_may_differ_between_tensors(base: GgufFile, tmp_path: Path) -> Non
     theta = np.concatenate([parts[name] for name in tensors])
     delta = Delta(tensors, wide.shapes, theta, wide.header)
     write_lora(base, delta, tmp_path / "a.gguf", rank=None, keys={})
-    with Engine(base.path, mask=delta, n_threads=1, ctx_tokens=256) as engine:
+    with Engine(base.path, delta=delta, n_threads=1, ctx_tokens=256) as engine:
         tuned = engine.losses(EXAMPLES)[0]
     stock = measure_stock(base.path, EXAMPLES, lora=tmp_path / "a.gguf", n_threads=1)
     assert stock.losses.mean() == pytest.approx(tuned.mean(), abs=CACHE_ROUNDING / 3)

@@ -10,8 +10,8 @@ import pytest
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.config.tune import parse_units
-from zo_gguf.engine.probe import Probe
 from zo_gguf.errors import ZoError
+from zo_gguf.libzo import Probe
 from zo_gguf.tuning.calibrate import measure_noise, measure_units, resolve
 from zo_gguf.tuning.optimizer import default_learning_rate
 

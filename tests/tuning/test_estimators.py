@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from zo_gguf.config import TuneConfig
-from zo_gguf.engine.engine import Probe, Scores
+from zo_gguf.engine.batch import Scores
 from zo_gguf.errors import ZoError
-from zo_gguf.libzo import NORMAL, RADEMACHER
+from zo_gguf.libzo import NORMAL, RADEMACHER, Probe
 from zo_gguf.tuning.calibrate import unit_size
 from zo_gguf.tuning.estimators import ESTIMATORS, estimate, estimator_of
 from zo_gguf.tuning.estimators.base import Estimate

@@ -7,8 +7,9 @@ import torch
 from tests.helpers import models
 from tests.helpers.method_formulas import Base, make_base
 from zo_gguf.data.dataset import Example
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.tuning.calibrate import choose_eps
 from zo_gguf.tuning.methods import start
 
@@ -31,13 +32,13 @@ def test_projected_gradient_is_the_directional_derivative(
 ) -> None:
     base, every = bases[quant], quant == "F16"
     config = base.config(method, train="norm" if method == "dense" and not every else None)
-    with Engine(base.model, mask=start(config, GgufFile(base.model)), n_threads=1) as engine:
-        texts = [engine.tokenize(text)[:N_TOKENS] for text in models.sentences(N_ROWS)]
+    with Engine(base.model, delta=start(config, GgufFile(base.model)), n_threads=1) as engine:
+        texts = [engine.vocabulary.tokenize(text)[:N_TOKENS] for text in models.sentences(N_ROWS)]
         rows = [Example(text, [False] + [True] * (len(text) - 1)) for text in texts]
         # Away from B = 0, where the derivatives for A vanish.
         engine.set_theta(engine.theta() + np.float32(0.001 if every else 0.02) * engine.noise(99))
         theta = torch.tensor(engine.theta()).double().requires_grad_()
-        base.own.losses(engine.mask, theta, rows).mean().backward()
+        base.own.losses(engine.delta, theta, rows).mean().backward()
         exact = [theta.grad.numpy() @ engine.noise(seed) for seed in range(N_PROBES)]
         eps = choose_eps(engine, rows)
         probes = [Probe(seed, side * eps) for seed in range(N_PROBES) for side in (1, -1)]

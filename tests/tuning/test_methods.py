@@ -24,9 +24,10 @@ from tests.helpers.tiny_gguf import WORDS, random_delta, write_llama
 from zo_gguf.config import MergeConfig, ReplayConfig, TuneConfig
 from zo_gguf.data.dataset import load_examples
 from zo_gguf.engine.attach import attach
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.merging.stock import measure_stock
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask, MaskHeader
@@ -133,7 +134,7 @@ def done(folder: Path) -> Runs:
 
 
 def losses(model: Path, rows: Path, delta: Delta | None = None) -> NDArray[np.float64]:
-    with Engine(model, mask=delta, n_threads=1, ctx_tokens=256) as engine:
+    with Engine(model, delta=delta, n_threads=1, ctx_tokens=256) as engine:
         return engine.losses(load_examples(rows, engine))[0]
 
 
@@ -144,7 +145,7 @@ def test_every_method_has_a_case() -> None:
 @every_case
 def test_probes_leave_no_trace(case: str, done: Runs) -> None:
     made = done(case)
-    with Engine(made.base, mask=made.delta, n_threads=1, ctx_tokens=256) as engine:
+    with Engine(made.base, delta=made.delta, n_threads=1, ctx_tokens=256) as engine:
         rows, theta, eps = load_examples(made.rows, engine), engine.theta(), CASES[case][0]
         before = engine.losses(rows)[0]
         probes = [Probe(1, eps), Probe(1, -eps), Probe(0, 0.0), Probe(2, eps)]
@@ -250,7 +251,7 @@ def test_lora_in_stock(method: str, folder: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(5).standard_normal(first.nnz, np.float32)
     delta = first.with_theta(first.theta + np.float32(0.05) * noise, {})
     adapter = merged(delta, base, tmp_path, lora=True)
-    with Engine(base, mask=delta, n_threads=1, ctx_tokens=512) as engine:
+    with Engine(base, delta=delta, n_threads=1, ctx_tokens=512) as engine:
         tuned = engine.losses(rows := load_examples(folder / "train.jsonl", engine))[0]
     stock = measure_stock(base, rows, lora=adapter, n_threads=1).losses
     np.testing.assert_allclose(stock, tuned, atol=5e-3)
@@ -292,4 +293,4 @@ def test_only_merges_carry(case: str, done: Runs, tmp_path: Path) -> None:
         with pytest.raises(ZoError, match="use `zo-gguf merge`"):
             attach(SimpleNamespace(model_path=str(base)), delta)
         with pytest.raises(ZoError, match="one probe at a time"):
-            Engine(base, mask=delta, probes_per_decode=2)
+            Engine(base, delta=delta, probes_per_decode=2)

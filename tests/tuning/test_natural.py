@@ -8,7 +8,8 @@ import pytest
 
 from tests.tuning.test_estimators import EPS as EPS_OF_TOYS
 from tests.tuning.test_estimators import config, linear, quadratic, toy
-from zo_gguf.engine.engine import Probe, Scores
+from zo_gguf.engine.batch import Scores
+from zo_gguf.libzo import Probe
 from zo_gguf.tuning.estimators import estimate
 from zo_gguf.tuning.estimators.natural import Natural, natural_slopes, slopes_and_fisher
 from zo_gguf.tuning.estimators.spsa import Spsa

@@ -12,8 +12,8 @@ import torch
 from tests.helpers.reference import torch_model
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Draw, Example
+from zo_gguf.engine.batch import Scores
 from zo_gguf.engine.engine import Engine
-from zo_gguf.engine.probe import Scores
 from zo_gguf.errors import ZoError
 from zo_gguf.tuning.targets import (
     aim,

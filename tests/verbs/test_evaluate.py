@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.stand_ins import CHOICES, COMPLETION, FakeEngine, write
 from zo_gguf.config import EvalConfig
 from zo_gguf.data.dataset import Example, load_examples
-from zo_gguf.engine.engine import Scores
+from zo_gguf.engine.batch import Scores
 from zo_gguf.engine.evaluation import EvalResult, counted_tokens, measure, summarize
 from zo_gguf.errors import ZoError
 from zo_gguf.verbs.evaluate import evaluate

@@ -42,7 +42,7 @@ def test_tokens_are_those_of_the_original_tokenizer(
         ]
         n = len(encode[0])
         assert example.n_prompt == n + 1
-        assert example.tokens == [engine.bos_id, *encode[1 + row["answer"]]]
+        assert example.tokens == [engine.vocabulary.bos_id, *encode[1 + row["answer"]]]
         assert example.choices == tuple(tuple(ids[n:]) for ids in encode[1:])
 
 
@@ -76,7 +76,7 @@ def test_eval_adds_the_delta(tiny_export: TinyExport, task_dir: Path, tmp_path: 
         )
         return evaluate(config).loss
 
-    with Engine(tiny_export.model("Q4_0"), mask=mask, n_threads=1) as engine:
+    with Engine(tiny_export.model("Q4_0"), delta=mask, n_threads=1) as engine:
         engine.set_theta(theta)
         examples = load_examples(task_dir, engine, split="test")[:16]
         expected = float(engine.losses(examples).mean())

@@ -87,7 +87,7 @@ def test_theta_moved_as_the_trajectory_says(finished: Path, tiny_export: SimpleN
 
     mask = Mask.load(tiny_export.mask("Q4_0"))
     theta, m, v = mask.theta0().astype(np.float64), 0.0, 0.0
-    with Engine(tiny_export.model("Q4_0"), mask=mask) as engine:
+    with Engine(tiny_export.model("Q4_0"), delta=mask) as engine:
         for record in Trajectory.load(finished / "trajectory.bin").records():
             g = np.mean(
                 [d.projected_grad * engine.noise(d.seed) for d in record.directions], axis=0

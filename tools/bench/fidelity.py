@@ -16,7 +16,8 @@ import numpy as np
 from tests.helpers import reference  # the tests' torch model
 from tools.gpu.model import TINY_QUANTS as QUANTS
 from zo_gguf.data.dataset import Example, load_examples
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
+from zo_gguf.libzo import Probe
 from zo_gguf.tuning.calibrate import measure_noise
 
 N_PROBES, N_ROWS = 24, 16
@@ -50,7 +51,7 @@ def measure(engine: Engine, rows: Sequence[Example], hf: Path) -> Fidelity:
     report = measure_noise(engine, rows)
     eps = report.eps
     model = reference.torch_model(hf, engine.gguf.path)
-    tensors, shapes = engine.mask.tensors, engine.mask.shapes
+    tensors, shapes = engine.delta.tensors, engine.delta.shapes
     reference.add_delta(model, tensors, shapes, engine.theta())
     noises = [engine.noise(seed) for seed in range(N_PROBES)]
     exact = reference.directional_derivatives(model, rows, tensors, shapes, noises)
@@ -82,7 +83,7 @@ def main() -> None:
     for quant in options.quant or QUANTS:
         path = options.exports / f"{options.name}-{quant}.gguf"
         mask = str(path).removesuffix(".gguf") + ".mask.safetensors"
-        with Engine(path, mask=mask, n_gpu_layers=options.n_gpu_layers) as engine:
+        with Engine(path, delta=mask, n_gpu_layers=options.n_gpu_layers) as engine:
             found = measure(engine, load_rows(options.data, engine), options.hf)
         print(
             f"{quant:<8}{found.eps:>8.2g}{found.floor:>10.1e}{found.slope:>8.2f}"

@@ -23,9 +23,10 @@ import numpy as np
 from tools.gpu.model import DENSITY, Shape, write_model
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import build_request, lay_out
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import default_threads, engine_batch, load_model, quiet_engine
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.params.mask import Mask, MaskHeader
 from zo_gguf.tuning.estimators.spsa import Spsa
 from zo_gguf.tuning.optimizer import Adam
@@ -122,7 +123,7 @@ def seconds(function: object, *arguments: object) -> float:
 def bench(path: Path, kind: str, rounds: int, n_threads: int) -> None:
     """Print the ratios for one kind of mask."""
     examples = make_examples(8, 65)  # 64 tokens each go through the model
-    engine = Engine(path, mask=make_mask(path, kind), n_threads=n_threads, ctx_tokens=512)
+    engine = Engine(path, delta=make_mask(path, kind), n_threads=n_threads, ctx_tokens=512)
     plain = Plain(path, examples, n_threads)
     optimizer, theta = Adam(engine.nnz), engine.theta()
 
@@ -141,7 +142,7 @@ def bench(path: Path, kind: str, rounds: int, n_threads: int) -> None:
         two = seconds(plain.forward)
         forwards.append(hooked / ((one + two) / 2))
         steps.append(tuned / (one + two))
-    rows = [len(np.unique(i // engine.mask.shapes[n][1])) for n, i in engine.mask.tensors.items()]
+    rows = [len(np.unique(i // engine.delta.shapes[n][1])) for n, i in engine.delta.tensors.items()]
     for name, ratios in (
         ("hooked / plain forward", forwards),
         ("step / two plain forwards", steps),
@@ -177,7 +178,7 @@ def memory_job(path: Path, kind: str, n_threads: int) -> None:
         plain.forward()
         plain.forward()
     else:
-        engine = Engine(path, mask=make_mask(path, kind), n_threads=n_threads, ctx_tokens=512)
+        engine = Engine(path, delta=make_mask(path, kind), n_threads=n_threads, ctx_tokens=512)
         engine.losses(examples, [Probe(1, 1e-3), Probe(1, -1e-3)])
     # Not getrusage: a child starts with the peak of the process that forked it.
     status = Path("/proc/self/status").read_text()

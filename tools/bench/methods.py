@@ -51,7 +51,7 @@ def bench(model: Path, mask: Path, line: tuple[str, str, str], rounds: int, n_th
     gguf = GgufFile(model)
     plain = Plain(model, examples, n_threads)
     with Engine(
-        gguf, mask=start(config, gguf), n_threads=n_threads, ctx_tokens=512, path=path
+        gguf, delta=start(config, gguf), n_threads=n_threads, ctx_tokens=512, path=path
     ) as engine:
         theta, optimizer = engine.theta(), Adam(engine.nnz)
 

@@ -19,9 +19,10 @@ from tools.bench.hook import seconds
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Example, load_examples
 from zo_gguf.engine.backends import list_devices
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
+from zo_gguf.libzo import Probe
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start
 
@@ -70,7 +71,7 @@ def compare(method: str, rows: list[Example], given: argparse.Namespace) -> None
             label = f"{method:<20}{n_gpu_layers:>4} layers  {path:<8}"
             try:
                 engine = Engine(
-                    given.model, mask=delta, n_threads=given.threads, path=path,
+                    given.model, delta=delta, n_threads=given.threads, path=path,
                     n_gpu_layers=n_gpu_layers, ctx_tokens=given.ctx_size,
                 )  # fmt: skip
                 losses = engine.losses(rows, probes)

@@ -71,8 +71,9 @@ def compute(model: Path, n_threads: int, seconds: float) -> float:
     import numpy as np  # here: a library with OpenMP reads once how it is to wait
 
     from zo_gguf.data.dataset import Example
-    from zo_gguf.engine.engine import Engine, Probe
+    from zo_gguf.engine.engine import Engine
     from zo_gguf.gguf_files.file import GgufFile
+    from zo_gguf.libzo import Probe
     from zo_gguf.params.mask import Mask, MaskHeader
 
     file = GgufFile(model)
@@ -84,7 +85,7 @@ def compute(model: Path, n_threads: int, seconds: float) -> float:
     tokens = np.random.default_rng(1).integers(3, VOCABULARY, (N_ROWS, ROW_TOKENS)).tolist()
     counted = [False] * (ROW_TOKENS - 4) + [True] * 4
     rows = [Example(row, counted) for row in tokens]
-    with Engine(file, mask=mask, n_threads=n_threads, ctx_tokens=512) as engine:
+    with Engine(file, delta=mask, n_threads=n_threads, ctx_tokens=512) as engine:
         engine.losses(rows)
         n_tokens, started = 0, time.perf_counter()
         while (took := time.perf_counter() - started) < seconds:

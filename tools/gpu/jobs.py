@@ -49,7 +49,8 @@ def export_tiny(job: Job) -> Result:
 def correctness(job: Job) -> Result:
     """Losses of CPU and device at the same probes, and projected gradients against autograd."""
     from tools.bench.fidelity import load_rows, measure
-    from zo_gguf.engine.engine import Engine, Probe
+    from zo_gguf.engine.engine import Engine
+    from zo_gguf.libzo import Probe
 
     model = Path(job["folder"]) / f"tiny-llama-{job['quant']}.gguf"
     mask = str(model).removesuffix(".gguf") + ".mask.safetensors"
@@ -58,7 +59,7 @@ def correctness(job: Job) -> Result:
     for place, layers in (("cpu", 0), ("device", job["n_gpu_layers"])):
         path = job["path"] if layers else "auto"
         with Engine(
-            model, mask=mask, n_gpu_layers=layers, n_threads=job["threads"], path=path
+            model, delta=mask, n_gpu_layers=layers, n_threads=job["threads"], path=path
         ) as engine:
             rows = load_rows(Path(job["folder"]) / "task", engine)
             losses.append(engine.losses(rows, probes))
@@ -124,7 +125,7 @@ def step(job: Job) -> Result:
 def batch(job: Job) -> Result:
     """Seconds of two probes in one decode and in two, and what the planner would choose."""
     from tools.bench.hook import make_examples
-    from zo_gguf.engine.engine import Probe
+    from zo_gguf.libzo import Probe
     from zo_gguf.tuning.calibrate import choose_width
 
     engine, _ = _tuner(job | {"ctx_tokens": 2 * job["examples"] * job["tokens"]})
@@ -153,7 +154,7 @@ def logits(job: Job) -> Result:
     """Seconds of a probe in which every token counts; where its logits go is up to the job."""
     from zo_gguf.data.dataset import Example
     from zo_gguf.engine import context as discard
-    from zo_gguf.engine.engine import Probe
+    from zo_gguf.libzo import Probe
 
     discard._MOST_BYTES = 1 << 40 if job["logits"] == "device" else 0
     discard._SHARE = 1
@@ -178,7 +179,7 @@ def _tuner(job: Job) -> tuple[Any, Callable[[int], None]]:
     file = open_random(Path(job["model"]))
     width = job.get("probes_per_decode", 1)
     engine = Engine(
-        file, mask=_trained(file, job["mask"]), n_threads=job["threads"], path=job["path"],
+        file, delta=_trained(file, job["mask"]), n_threads=job["threads"], path=job["path"],
         ctx_tokens=job.get("ctx_tokens", width * job["examples"] * job["tokens"]),
         probes_per_decode=width,
         n_gpu_layers=job["n_gpu_layers"], kv_layout=job.get("kv_layout", "unified"),
@@ -211,7 +212,7 @@ def _plain(job: Job, engine: Any = None) -> Any:
     from tools.bench.hook import Plain, make_examples
 
     examples = make_examples(job["examples"], job["tokens"] + 1, job["shape"]["vocab"])
-    model = engine._model if engine else None
+    model = engine._model.handle if engine else None
     return Plain(Path(job["model"]), examples, job["threads"], job["n_gpu_layers"], model)
 
 

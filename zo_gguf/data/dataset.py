@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.config.option import parse_fields
-from zo_gguf.data.encode import Encoder, Tokenizer
+from zo_gguf.data.encode import Encoder, Reader
 from zo_gguf.data.encode import Example as Example
 from zo_gguf.data.rows import read_rows
 from zo_gguf.errors import ZoError
@@ -29,7 +29,7 @@ Fields = Mapping[str, str] | Sequence[str] | None
 
 def load_examples(
     path: str | os.PathLike[str],
-    engine: Tokenizer,
+    engine: Reader,
     *,
     max_tokens: int | None = None,
     train_on: str = "last-assistant",
@@ -71,7 +71,7 @@ def load_examples(
 
 def load_train_valid(
     path: str | os.PathLike[str],
-    engine: Tokenizer,
+    engine: Reader,
     *,
     val_split: float,
     max_tokens: int | None = None,
@@ -133,7 +133,7 @@ def find_split(folder: Path, split: str) -> Path | None:
 
 def iter_examples(
     file: Path,
-    engine: Tokenizer,
+    engine: Reader,
     *,
     max_tokens: int | None = None,
     train_on: str = "last-assistant",
@@ -147,7 +147,7 @@ def iter_examples(
     encoder = Encoder(engine, max_tokens, train_on)
     renamed = fields if isinstance(fields, Mapping) else parse_fields(list(fields or ()))
     converted: Counter[str] = Counter()
-    for row in read_rows(file, renamed, chat=engine.chat_template is not None):
+    for row in read_rows(file, renamed, chat=engine.vocabulary.chat_template is not None):
         if isinstance(row, ZoError):
             yield row
             continue

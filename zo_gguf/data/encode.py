@@ -1,6 +1,6 @@
 """One row -> one example: token ids, what counts in the loss, and how a long row is cut.
 
-The tokenizer and the chat template are always the GGUF's; `Tokenizer` says what is asked of the
+The tokenizer and the chat template are always the GGUF's; `Reader` says what is asked of the
 engine. Boundaries between parts, BOS and end tokens are settled here.
 """
 
@@ -14,15 +14,13 @@ from zo_gguf.errors import ZoError
 
 
 class Tokenizer(Protocol):
-    """What reading data needs from an engine; -1 stands for a token the model does not have."""
+    """A model's tokenizer and chat template; -1 stands for a token the model does not have."""
 
     bos_id: int
     eos_id: int
     eot_id: int
     add_bos: bool
     chat_template: str | None
-    ctx_tokens: int
-    n_ctx_train: int
 
     def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids without BOS and EOS."""
@@ -30,6 +28,18 @@ class Tokenizer(Protocol):
 
     def token_text(self, token: int) -> str:
         """A token as text, special tokens written out."""
+        ...
+
+
+class Reader(Protocol):
+    """What reading data needs from an engine: its tokenizer, and the longest text that it takes."""
+
+    ctx_tokens: int
+    n_ctx_train: int
+
+    @property
+    def vocabulary(self) -> Tokenizer:
+        """The model's tokenizer."""
         ...
 
 
@@ -153,7 +163,7 @@ class Encoder:
     """Turns checked rows into examples.
 
     Args:
-        tokenizer: The engine.
+        engine: Of the model that is to read the rows.
         max_tokens: Longest example; None: what the engine's context and the model hold.
         train_on: "last-assistant" or "all-assistant".
 
@@ -161,11 +171,11 @@ class Encoder:
         ZoError: `max_tokens` does not fit.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None, train_on: str) -> None:
+    def __init__(self, engine: Reader, max_tokens: int | None, train_on: str) -> None:
         if train_on not in ("last-assistant", "all-assistant"):
             raise ZoError(f"train_on must be last-assistant or all-assistant, not {train_on!r}.")
-        self._tokenizer = tokenizer
-        self._max_tokens = _limit(tokenizer, max_tokens)
+        self._tokenizer = engine.vocabulary
+        self._max_tokens = _limit(engine, max_tokens)
         self._train_on = train_on
         self._template: ChatTemplate | None = None
 
@@ -281,7 +291,7 @@ class Encoder:
         return self._template
 
 
-def _limit(engine: Tokenizer, max_tokens: int | None) -> int:
+def _limit(engine: Reader, max_tokens: int | None) -> int:
     holds = min(engine.ctx_tokens, engine.n_ctx_train)
     if max_tokens is not None and max_tokens < 2:
         raise ZoError(f"max_seq_length must be at least 2, not {max_tokens}.")

@@ -10,12 +10,12 @@ from typing import Any
 import llama_cpp
 from llama_cpp import _internals
 
-from zo_gguf.engine.model import choose_cuda_graphs, native_library, quiet_engine
+from zo_gguf.engine.model import native_library, quiet_engine
 from zo_gguf.engine.parameters import AT_THETA, Parameters
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import Hook
-from zo_gguf.params.delta import Delta, open_entries
+from zo_gguf.params.delta import Delta, open_delta
 
 _ATTRIBUTE = "_zo_gguf_attachment"
 
@@ -73,10 +73,9 @@ def attach(llama: Any, delta: Delta | str | os.PathLike[str]) -> Any:
         ZoError: The delta belongs to another GGUF, or its weights cannot be hooked; what was
             attached before stays.
     """
-    choose_cuda_graphs()
     delta = delta if isinstance(delta, Delta) else Delta.load(delta)
     gguf = GgufFile(llama.model_path)
-    open_entries(delta, gguf)
+    open_delta(delta, gguf)
     if delta.live:
         raise ZoError(
             f"Method {delta.header.method!r} edits the weights themselves, which a loaded Llama "

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from zo_gguf.data.dataset import Example
 from zo_gguf.errors import ZoError
 
+Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
+
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _WORTH_SHARING = 16  # tokens: not for a BOS or a word
 
@@ -218,7 +221,8 @@ class Request:
         answers: For each example the index of the right choice, -1 where it has no choices.
         targets: For each example the probabilities of its choices that are aimed at, float64
             (n_choices,), (0,) where it has none.
-        n_shared: With so many tokens all sequences begin, if rows are to share them.
+        n_shared: Length of the beginning that all sequences have in common and that goes through
+            the model once; 0 where nothing is shared.
     """
 
     sequences: list[TokenSequence]
@@ -234,9 +238,8 @@ def build_request(examples: Sequence[Example], max_tokens: int = 0) -> Request:
 
     Args:
         examples: Rows.
-        max_tokens: Where one decode of so many tokens holds them, the choices of a row share the
-            tokens that they begin with, and so may rows. 0: only whole inputs are shared, as a
-            split KV cache needs.
+        max_tokens: Tokens of a decode. Choices of a row that fit into one share the tokens they
+            begin with, and so may rows. 0: only whole inputs are shared, as a split KV cache needs.
 
     Raises:
         ZoError: An example has no counted token.
@@ -389,6 +392,27 @@ def _columns(
         own = sequence.positions >= n_shared
         found.append(np.where(own, start - n_shared, 0) + sequence.positions)
     return _Columns(tokens, positions, ids, counts), np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a forward pass over examples gives.
+
+    Attributes:
+        losses: float64 (n_probes, n_examples).
+        correct: float64 (n_probes, n_examples), 1 or 0; NaN where an example has no choices.
+        n_tokens: Tokens that went through the model, over all probes.
+        outcomes: One float64 (n_probes, n) per example: the negative log-likelihood of each counted
+            token or, where an example has choices, its residuals: the probability of each choice
+            minus the one that is aimed at, 1 for the right choice unless the example says other.
+        targets: For every example with choices what is aimed at, (n_choices,); else (0,).
+    """
+
+    losses: Matrix
+    correct: Matrix
+    n_tokens: int
+    outcomes: Sequence[Matrix] = ()
+    targets: Sequence[Vector] = ()
 
 
 def reduce_losses(

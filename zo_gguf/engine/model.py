@@ -171,18 +171,15 @@ class Vocabulary:
         add_bos: Whether the model expects a sequence to begin with BOS.
         chat_template: Jinja source from the GGUF, None where it has none.
         n_vocab: Number of tokens.
-        supports_gpu: Whether this build of llama.cpp can offload to any device.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.bos_id = int(llama_cpp.llama_vocab_bos(self._vocab))
         self.eos_id = int(llama_cpp.llama_vocab_eos(self._vocab))
         self.eot_id = int(llama_cpp.llama_vocab_eot(self._vocab))
         self.add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab)) and self.bos_id >= 0
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        self.supports_gpu = bool(llama_cpp.llama_supports_gpu_offload())
         template = llama_cpp.llama_model_chat_template(model, None)
         self.chat_template = template.decode() if template else None
 
@@ -210,3 +207,32 @@ class Vocabulary:
         buffer = ctypes.create_string_buffer(512)
         n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         return buffer.raw[: max(n, 0)].decode(errors="replace")
+
+
+class Model:
+    """A GGUF's weights inside llama.cpp; contexts of it must be gone before `free`.
+
+    Args:
+        path, n_gpu_layers, writable, repack: As for `load_model`.
+
+    Attributes:
+        handle: llama.cpp's.
+        vocabulary: Its tokenizer.
+        n_ctx_train: Tokens of the longest text that it was trained on.
+        supports_gpu: Whether this build of llama.cpp can offload to any device.
+
+    Raises:
+        ZoError: As `load_model`.
+    """
+
+    def __init__(self, path: Path, n_gpu_layers: int, writable: bool, repack: bool) -> None:
+        self.handle = load_model(path, n_gpu_layers, writable, repack)
+        self.vocabulary = Vocabulary(self.handle)
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self.handle))
+        self.supports_gpu = bool(llama_cpp.llama_supports_gpu_offload())
+
+    def free(self) -> None:
+        """Release the weights."""
+        if self.handle:
+            llama_cpp.llama_model_free(self.handle)
+        self.handle = None

@@ -118,7 +118,7 @@ def measure_baseline(
         why = f"the run's data {run.data!r} is gone" if run else "there is no run with data"
         return f"Nothing was measured, as {why}; give --data to see what survived."
     ctx_tokens = run.ctx_tokens if run else _CTX_TOKENS
-    with Engine(base.path, mask=delta, n_threads=config.threads, ctx_tokens=ctx_tokens) as engine:
+    with Engine(base.path, delta=delta, n_threads=config.threads, ctx_tokens=ctx_tokens) as engine:
         examples, calibration = _load(config, run, engine)
         if not examples["valid"]:
             return "Nothing was measured, as the run kept no rows for it; give --data to do so."

@@ -291,7 +291,7 @@ def _find(path: Path) -> Path:
 # ---- opening -------------------------------------------------------------------------------------
 
 
-def open_entries(
+def open_delta(
     source: Mask | Delta | str | os.PathLike[str] | None, gguf: GgufFile
 ) -> Delta | None:
     """Load a mask or delta if `source` is a path, and check that it belongs to `gguf`.

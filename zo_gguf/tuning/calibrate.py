@@ -19,8 +19,9 @@ from tqdm import tqdm
 from zo_gguf.config import TuneConfig
 from zo_gguf.config.tune import parse_units
 from zo_gguf.data.dataset import Draw, Example
-from zo_gguf.engine.engine import Engine, Probe
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
+from zo_gguf.libzo import Probe
 from zo_gguf.tuning.estimators import estimate, estimator_of
 from zo_gguf.tuning.optimizer import default_learning_rate
 from zo_gguf.tuning.trainable import Trainable

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import find_split
-from zo_gguf.engine.engine import Scores
+from zo_gguf.engine.batch import Scores
 from zo_gguf.engine.evaluation import EvalResult
 from zo_gguf.engine.model import default_threads
 from zo_gguf.params.delta import Delta

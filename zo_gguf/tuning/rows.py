@@ -2,11 +2,11 @@
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Draw, load_train_valid
-from zo_gguf.data.encode import Example, Tokenizer
+from zo_gguf.data.encode import Example, Reader
 from zo_gguf.tuning.estimators import estimator_of
 
 
-def load_rows(config: TuneConfig, tokenizer: Tokenizer) -> tuple[Draw, list[Example]]:
+def load_rows(config: TuneConfig, tokenizer: Reader) -> tuple[Draw, list[Example]]:
     """The rows of every step, and the --valid-rows to validate with.
 
     Raises:

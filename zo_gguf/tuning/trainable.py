@@ -127,7 +127,7 @@ class Trainable:
         width = config.probes_per_decode
         self._engine = Engine(
             self._gguf,
-            mask=self.delta,
+            delta=self.delta,
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Example
+from zo_gguf.engine.batch import Matrix, Scores
 from zo_gguf.engine.engine import Engine
-from zo_gguf.engine.probe import AT_THETA, Matrix, Probe, Scores
-from zo_gguf.libzo import NORMAL
+from zo_gguf.libzo import AT_THETA, NORMAL, Probe
 from zo_gguf.system import in_blocks
 from zo_gguf.tuning.trajectory import Direction
 
