@@ -12,6 +12,7 @@
 #include "cpu/loss.h"
 #include "cpu/lowrank.h"
 #include "cpu/sparse.h"
+#include "feedback/feedback.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "gpu/gpu.h"
@@ -76,6 +77,7 @@ struct zo_hook {
     zo_lowrank *       lowrank      = nullptr;
     zo_gain *          gain         = nullptr;
     zo_recorder *      recorder     = nullptr;
+    zo_feedback *      feedback     = nullptr;
     int                n_threads    = 1;
     bool               force_staged = false;
     zo::sparse_scratch scratch;
@@ -285,12 +287,17 @@ bool zo_hook_eval(ggml_tensor * node, bool ask, void * user_data) {
     }
     try {
         if (!ask) {
-            return hook->on_node(node);
+            const bool done = hook->on_node(node);
+            if (hook->feedback != nullptr) {
+                hook->feedback->on_node(node);
+            }
+            return done;
         }
         if (hook->inplace != nullptr) {
             hook->inplace->look(node);
         }
-        return hook->wants(node);
+        const bool gathers = hook->feedback != nullptr && hook->feedback->wants(node);
+        return hook->wants(node) || gathers;
     } catch (const std::exception & e) {
         return hook->refuse(e.what());
     }
@@ -336,6 +343,19 @@ zo_status zo_hook_set_recorder(zo_hook * hook, zo_recorder * recorder) {
             return fail(ZO_ARGUMENT, "zo_hook_set_recorder got a null pointer");
         }
         hook->recorder = recorder;
+        return ZO_OK;
+    });
+}
+
+zo_status zo_hook_set_feedback(zo_hook * hook, zo_feedback * feedback) {
+    return guarded([&] {
+        if (hook == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_hook_set_feedback got a null pointer");
+        }
+        hook->feedback = feedback;
+        if (feedback != nullptr) {
+            feedback->overlays = { hook->store, hook->lowrank, hook->gain };
+        }
         return ZO_OK;
     });
 }

@@ -39,6 +39,7 @@ typedef struct zo_inplace  zo_inplace;
 typedef struct zo_lowrank  zo_lowrank;
 typedef struct zo_gain     zo_gain;
 typedef struct zo_tensors  zo_tensors;
+typedef struct zo_feedback zo_feedback;
 typedef struct zo_hook     zo_hook;
 
 typedef enum zo_status {
@@ -248,6 +249,59 @@ ZO_API zo_status zo_recorder_find(const zo_recorder * recorder, int32_t number, 
 ZO_API zo_status zo_recorder_read(const zo_recorder * recorder, int32_t number, int32_t n_rows,
                                   int64_t n_cols, int32_t * tokens, float * x);
 
+// ---- feedback: gradients by a reverse pass over single tokens ----------------------------------------
+//
+// One decode goes through a hook with a feedback; then the loss sum w_i * nll_i over its targets is led back
+// from the logits, token by token, through all operations on single tokens: norms, feed-forward parts, the
+// residual stream. What attention, scans and routers give counts as constant, as if it were detached; only
+// tokens with targets are looked at. The first decode of a graph only shows it.
+
+// `tail`: of the probability that is not on targets, which part may be left out of the gradient at the
+// logits; its error is at most `tail` times its sum of magnitudes. With `force_staged` as in zo_hook_init.
+ZO_API zo_status zo_feedback_init(zo_feedback ** feedback, int32_t n_threads, double tail, bool force_staged);
+ZO_API void      zo_feedback_free(zo_feedback * feedback);
+
+// Lends the bytes of a weight (of a ggml_type) as they are in the file, used where the engine has them
+// elsewhere or otherwise. They must outlive `feedback`.
+ZO_API zo_status zo_feedback_weight(zo_feedback * feedback, const char * name, int32_t type,
+                                    const void * data, int64_t n_bytes);
+
+// Matrices are numbered in the order of these calls. For W x + left^T right x with right [rank][n_cols]
+// given: the gradient with respect to left [rank][n_rows], added up over all runs. Rank 0: pairs of the last
+// run.
+ZO_API zo_status zo_feedback_track(zo_feedback * feedback, const char * name, int64_t n_rows, int64_t n_cols,
+                                   int64_t rank, const float * right);
+
+// Norms have numbers of their own: the gradient with respect to the gain g of a norm's product times 1 + g.
+ZO_API zo_status zo_feedback_track_gain(zo_feedback * feedback, const char * name, int64_t n);
+
+// Before a decode, in addition to zo_hook_begin: the same batch, of one branch, and the token column of each
+// output. After it: whether the decode was gathered. If not, its graph is known now: decode again.
+ZO_API zo_status zo_feedback_begin(zo_feedback * feedback, const zo_batch * batch,
+                                   const int32_t * output_token);
+ZO_API zo_status zo_feedback_end(zo_feedback * feedback, bool * gathered);
+
+// Adds the gradients of sum weights[i] * nll[i] over the targets of the decode; weights may be negative.
+ZO_API zo_status zo_feedback_run(zo_feedback * feedback, int32_t n_targets, const float * weights);
+
+// Results: gradient [rank][n_rows]; x [n_counted][n_cols] and dy [n_counted][n_rows], where n_counted is the
+// number of outputs with targets; gradient [n] of a gain. zo_feedback_clear sets all gradients to zero.
+ZO_API zo_status zo_feedback_gradient(const zo_feedback * feedback, int32_t number, int64_t n,
+                                      float * gradient);
+ZO_API zo_status zo_feedback_pairs(const zo_feedback * feedback, int32_t number, int64_t n_counted, float * x,
+                                   float * dy);
+ZO_API zo_status zo_feedback_gain_gradient(const zo_feedback * feedback, int32_t number, int64_t n,
+                                           float * gradient);
+ZO_API zo_status zo_feedback_clear(zo_feedback * feedback);
+
+// Of the plan, once a decode has shown the graph: bytes of memory for each output with targets; the matrices
+// and norms that gradients reach, and where gradients stop, in words: names by index, NULL past the last one.
+ZO_API int64_t      zo_feedback_token_bytes(const zo_feedback * feedback);
+ZO_API const char * zo_feedback_matrix(const zo_feedback * feedback, int32_t index, int64_t * n_rows,
+                                       int64_t * n_cols);
+ZO_API const char * zo_feedback_norm(const zo_feedback * feedback, int32_t index, int64_t * n);
+ZO_API const char * zo_feedback_stop(const zo_feedback * feedback, int32_t index);
+
 // ---- logits that stay where they are ----------------------------------------------------------------
 
 // backend_init and backend_apply of a llama_sampler_i (llama.h) that has nothing copied to the host.
@@ -287,6 +341,9 @@ ZO_API void      zo_hook_free(zo_hook * hook);
 
 // Decodes that are announced to `recorder` too are recorded; NULL: none. It must outlive the hook.
 ZO_API zo_status zo_hook_set_recorder(zo_hook * hook, zo_recorder * recorder);
+
+// Decodes that are announced to `feedback` too are gathered for it; NULL: none. It must outlive the hook.
+ZO_API zo_status zo_hook_set_feedback(zo_hook * hook, zo_feedback * feedback);
 
 // The engine's callback; `hook` is its user data.
 ZO_API bool zo_hook_eval(struct ggml_tensor * node, bool ask, void * hook);

@@ -448,3 +448,26 @@ def reduce_losses(
         correct[:, i] = scores.argmax(axis=1) == answer
         outcomes.append(np.exp(scores - total[:, None]) - target)
     return losses, correct, outcomes
+
+
+def loss_slopes(request: Request, nll: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How the sum of the examples' losses changes with each target's negative log-likelihood.
+
+    Args:
+        request: As built from the examples.
+        nll: (n_targets,), NaN where not known yet.
+
+    Returns:
+        (n_targets,), NaN for examples with an unknown target.
+    """
+    slopes = np.empty_like(nll)
+    rows = zip(request.spans, request.answers, request.targets, strict=True)
+    for spans, answer, target in rows:
+        of_means = np.ones(1)
+        if answer >= 0:
+            scores = -np.array([nll[first:end].mean() for first, end in spans])
+            share = np.exp(scores - scores.max())
+            of_means = target - share / share.sum()
+        for (first, end), slope in zip(spans, of_means, strict=True):
+            slopes[first:end] = slope / (end - first)
+    return slopes

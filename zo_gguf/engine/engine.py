@@ -13,9 +13,11 @@ from zo_gguf.data.dataset import Example
 from zo_gguf.engine.adapter import EnginePath
 from zo_gguf.engine.backends import repacking_pays
 from zo_gguf.engine.batch import (
+    DecodeBatch,
     Matrix,
     Request,
     Scores,
+    Vector,
     build_request,
     lay_out,
     pack,
@@ -28,7 +30,7 @@ from zo_gguf.engine.parameters import Parameters
 from zo_gguf.engine.readout import hidden_states
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
-from zo_gguf.libzo import AT_THETA, NORMAL, Probe
+from zo_gguf.libzo import AT_THETA, NORMAL, Hook, Probe
 from zo_gguf.params.delta import Delta, open_delta
 from zo_gguf.params.mask import Mask
 
@@ -184,8 +186,7 @@ class Engine:
             for first in range(0, len(probes), width):
                 together = probes[first : first + width]
                 batch = lay_out(group, len(together), padded, request.n_shared)
-                found = self._passes.decode(batch, together)
-                nll[first + batch.target_branch, batch.slots] = found
+                nll[first + batch.target_branch, batch.slots] = self.decode(batch, together)
                 n_tokens += batch.tokens.size
         losses, correct, outcomes = reduce_losses(request, nll)
         return Scores(losses, correct, n_tokens, outcomes, request.targets)
@@ -197,6 +198,31 @@ class Engine:
         if others or self.parameters.one_probe_per_decode:
             return 1
         return repetitions(first, self.ctx_tokens, self._options.padded, request.n_shared)
+
+    def decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> Vector:
+        """Run one decode, with a probe for each of its branches.
+
+        Returns:
+            Negative log-likelihood of each target, (n_targets,).
+
+        Raises:
+            ZoError: The batch does not fit, or the engine's graph is not supported.
+        """
+        return self._passes.decode(batch, probes)
+
+    @property
+    def hook(self) -> Hook:
+        """libzo's hook.
+
+        Raises:
+            ZoError: The parameters act through an adapter.
+        """
+        return self._passes.hook
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether every sequence has a cache of its own, padded to equal length."""
+        return self._options.padded
 
     def _request(self, examples: Sequence[Example]) -> Request:
         return build_request(examples, 0 if self._options.padded else self.ctx_tokens)

@@ -153,6 +153,19 @@ class Forward:
         first = Example([max(self._model.vocabulary.bos_id, 0)] * 2, [False, True])
         return lay_out(build_request([first], 0).sequences, 1, self._options.padded)
 
+    @property
+    def hook(self) -> Hook:
+        """libzo's hook.
+
+        Raises:
+            ZoError: The parameters act through an adapter.
+        """
+        if self._hook is None:
+            raise ZoError(
+                "The parameters are an adapter's tensors, without a hook; use --path hook."
+            )
+        return self._hook
+
     # ---- decodes ---------------------------------------------------------------------------------
 
     def decode(self, batch: DecodeBatch, probes: Sequence[Probe]) -> NDArray[np.float64]:

@@ -1,5 +1,6 @@
 """libzo, the native part, behind ctypes. What its calls mean is documented in native/zo.h."""
 
+from zo_gguf.libzo.feedback import Feedback as Feedback
 from zo_gguf.libzo.handles import Gain as Gain
 from zo_gguf.libzo.handles import InPlace as InPlace
 from zo_gguf.libzo.handles import LowRank as LowRank

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.errors import ZoError
+from zo_gguf.libzo.feedback import Feedback
 from zo_gguf.libzo.handles import Gain, InPlace, LowRank, NativeHandle, Store, Vector
 from zo_gguf.libzo.library import Library, address, pointer
-from zo_gguf.libzo.signatures import Batch, Branch, Probe
+from zo_gguf.libzo.signatures import Batch, Probe
 
 Ints = NDArray[np.int32]
 
@@ -97,23 +98,16 @@ class Hook(NativeHandle):
     ) -> None:
         """Announce a decode: the probe of each branch, the branch of every token and output
         column, and the output column and token id of every target (ascending by column)."""
-        array = (Branch * len(branches))(*(Branch(*branch) for branch in branches))
-        batch = Batch(
-            token_branch.size,
-            output_branch.size,
-            len(branches),
-            target_output.size,
-            pointer(token_branch, c_int32),
-            pointer(output_branch, c_int32),
-            array,
-            pointer(target_output, c_int32),
-            pointer(target_token, c_int32),
-        )
+        batch = Batch.of(branches, token_branch, output_branch, target_output, target_token)
         self._call("begin", self.handle, ctypes.byref(batch))
 
     def set_recorder(self, recorder: Recorder | None) -> None:
         """Have decodes that are announced to `recorder` recorded; it must outlive this."""
         self._call("set_recorder", self.handle, recorder.handle if recorder else None)
+
+    def set_feedback(self, feedback: Feedback | None) -> None:
+        """Have decodes that are announced to `feedback` gathered for it; it must outlive this."""
+        self._call("set_feedback", self.handle, feedback.handle if feedback else None)
 
     def begin_any(self) -> None:
         """Let any decode pass, theta applied to all of its columns, without losses."""

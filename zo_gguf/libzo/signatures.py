@@ -1,6 +1,7 @@
 """The structs, numbers and prototypes of native/zo.h; a test compares them with the header."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import (
     POINTER,
     c_bool,
@@ -15,12 +16,16 @@ from ctypes import (
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 ON_CPU = -1  # the device of a kernel called by itself
 NORMAL, RADEMACHER = 0, 1  # zo_distribution
 MAX_BRANCHES = 4096  # ZO_MAX_BRANCHES
 Handle = ctypes.c_void_p
 FLOATS = POINTER(c_float)
 INTS = POINTER(c_int32)
+Ints = NDArray[np.int32]
 
 
 class Probe(NamedTuple):
@@ -81,6 +86,28 @@ class Batch(ctypes.Structure):
         ("target_output", POINTER(c_int32)),
         ("target_token", POINTER(c_int32)),
     )
+
+    @classmethod
+    def of(
+        cls,
+        branches: Sequence[Probe],
+        token_branch: Ints,
+        output_branch: Ints,
+        target_output: Ints,
+        target_token: Ints,
+    ) -> "Batch":
+        """The struct over these arrays."""
+        return cls(
+            token_branch.size,
+            output_branch.size,
+            len(branches),
+            target_output.size,
+            token_branch.ctypes.data_as(INTS),
+            output_branch.ctypes.data_as(INTS),
+            (Branch * len(branches))(*(Branch(*branch) for branch in branches)),
+            target_output.ctypes.data_as(INTS),
+            target_token.ctypes.data_as(INTS),
+        )
 
 
 # name -> (result type, argument types); a test compares this table with the prototypes in zo.h.
@@ -145,6 +172,22 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_recorder_begin": (c_int32, (Handle, c_int32, c_int32, INTS, c_int32, INTS)),
     "zo_recorder_find": (c_int32, (Handle, c_int32, INTS, INTS)),
     "zo_recorder_read": (c_int32, (Handle, c_int32, c_int32, c_int64, INTS, FLOATS)),
+    "zo_feedback_init": (c_int32, (POINTER(Handle), c_int32, c_double, c_bool)),
+    "zo_feedback_free": (None, (Handle,)),
+    "zo_feedback_weight": (c_int32, (Handle, c_char_p, c_int32, ctypes.c_void_p, c_int64)),
+    "zo_feedback_track": (c_int32, (Handle, c_char_p, c_int64, c_int64, c_int64, FLOATS)),
+    "zo_feedback_track_gain": (c_int32, (Handle, c_char_p, c_int64)),
+    "zo_feedback_begin": (c_int32, (Handle, POINTER(Batch), INTS)),
+    "zo_feedback_end": (c_int32, (Handle, POINTER(c_bool))),
+    "zo_feedback_run": (c_int32, (Handle, c_int32, FLOATS)),
+    "zo_feedback_gradient": (c_int32, (Handle, c_int32, c_int64, FLOATS)),
+    "zo_feedback_pairs": (c_int32, (Handle, c_int32, c_int64, FLOATS, FLOATS)),
+    "zo_feedback_gain_gradient": (c_int32, (Handle, c_int32, c_int64, FLOATS)),
+    "zo_feedback_clear": (c_int32, (Handle,)),
+    "zo_feedback_token_bytes": (c_int64, (Handle,)),
+    "zo_feedback_matrix": (c_char_p, (Handle, c_int32, POINTER(c_int64), POINTER(c_int64))),
+    "zo_feedback_norm": (c_char_p, (Handle, c_int32, POINTER(c_int64))),
+    "zo_feedback_stop": (c_char_p, (Handle, c_int32)),
     "zo_discard_init": (c_bool, (ctypes.c_void_p, ctypes.c_void_p, c_uint32)),
     "zo_discard_apply": (None, (ctypes.c_void_p,) * 4),
     "zo_losses": (
@@ -165,6 +208,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_hook_init": (c_int32, (POINTER(Handle), Handle, Handle, Handle, Handle, c_int32, c_bool)),
     "zo_hook_free": (None, (Handle,)),
     "zo_hook_set_recorder": (c_int32, (Handle, Handle)),
+    "zo_hook_set_feedback": (c_int32, (Handle, Handle)),
     "zo_hook_eval": (c_bool, (ctypes.c_void_p, c_bool, ctypes.c_void_p)),
     "zo_hook_begin": (c_int32, (Handle, POINTER(Batch))),
     "zo_hook_check": (c_int32, (Handle,)),

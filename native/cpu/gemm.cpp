@@ -1,0 +1,145 @@
+#include "cpu/gemm.h"
+
+#include <cstring>
+
+#include "core/vectorize.h"
+
+namespace zo {
+
+namespace {
+
+#if defined(__GNUC__)
+// W floats in a register, as far as the processor has such.
+template <int W>
+struct lanes_of {
+    typedef float type __attribute__((vector_size(W * sizeof(float))));
+};
+#else
+template <int W>
+struct lanes_of {
+    struct type {
+        float  value[W];
+        type & operator+=(const type & other) {
+            for (int i = 0; i < W; ++i) {
+                value[i] += other.value[i];
+            }
+            return *this;
+        }
+        friend type operator*(float factor, const type & lanes) {
+            type product;
+            for (int i = 0; i < W; ++i) {
+                product.value[i] = factor * lanes.value[i];
+            }
+            return product;
+        }
+    };
+};
+#endif
+
+// c[row][0 .. N * W) += panel * b: N registers for each of the panel's rows.
+template <int W, int N>
+ZO_INLINE void multiply(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
+                        int64_t c_stride) {
+    typedef typename lanes_of<W>::type lanes;
+    lanes                              sum[GEMM_ROWS][N];
+    for (int i = 0; i < GEMM_ROWS; ++i) {
+        std::memcpy(sum[i], c + i * c_stride, sizeof sum[i]);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        lanes row[N];
+        std::memcpy(row, b + k * b_stride, sizeof row);
+        for (int i = 0; i < GEMM_ROWS; ++i) {
+            for (int j = 0; j < N; ++j) {
+                sum[i][j] += panel[k * GEMM_ROWS + i] * row[j];
+            }
+        }
+    }
+    for (int i = 0; i < GEMM_ROWS; ++i) {
+        std::memcpy(c + i * c_stride, sum[i], sizeof sum[i]);
+    }
+}
+
+template <int W, int N>
+ZO_INLINE void multiply_all(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
+                            int64_t c_stride) {
+    for (int64_t j = 0; j < GEMM_COLUMNS; j += W * N) {
+        multiply<W, N>(panel, depth, b + j, b_stride, c + j, c_stride);
+    }
+}
+
+// As many sums at a time as the registers of each level hold.
+#if defined(ZO_X86_LEVELS)
+ZO_X86_V4 void multiply_v4(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
+                           int64_t c_stride) {
+    multiply_all<16, 4>(panel, depth, b, b_stride, c, c_stride);
+}
+
+ZO_X86_V3 void multiply_v3(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
+                           int64_t c_stride) {
+    multiply_all<8, 2>(panel, depth, b, b_stride, c, c_stride);
+}
+#endif
+
+void multiply_best(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
+                   int64_t c_stride) {
+#if defined(ZO_X86_LEVELS)
+    if (x86_level >= 3) {
+        return x86_level == 4 ? multiply_v4(panel, depth, b, b_stride, c, c_stride)
+                              : multiply_v3(panel, depth, b, b_stride, c, c_stride);
+    }
+#endif
+#if defined(__aarch64__)
+    multiply_all<4, 4>(panel, depth, b, b_stride, c, c_stride);
+#else
+    multiply_all<4, 2>(panel, depth, b, b_stride, c, c_stride);
+#endif
+}
+
+}  // namespace
+
+gemm_panels gemm_pack(const float * a, int64_t m, int64_t k, int64_t row_stride, int64_t column_stride) {
+    gemm_panels packed;
+    packed.m = m;
+    packed.k = k;
+    packed.values.assign((size_t) (packed.n_panels() * k * GEMM_ROWS), 0.0f);
+    for (int64_t i = 0; i < m; ++i) {
+        float * to = packed.values.data() + (i / GEMM_ROWS) * k * GEMM_ROWS + i % GEMM_ROWS;
+        for (int64_t j = 0; j < k; ++j) {
+            to[j * GEMM_ROWS] = a[i * row_stride + j * column_stride];
+        }
+    }
+    return packed;
+}
+
+void gemm_block(const gemm_panels & a, int64_t first, int64_t depth, const float * b, int64_t b_stride,
+                int64_t n, float * c, int64_t c_stride) {
+    for (int64_t panel = 0; panel < a.n_panels(); ++panel) {
+        const int64_t row = panel * GEMM_ROWS, n_rows = std::min(GEMM_ROWS, a.m - row);
+        float *       out = c + row * c_stride;
+        if (n == GEMM_COLUMNS && n_rows == GEMM_ROWS) {
+            multiply_best(a.at(panel, first), depth, b, b_stride, out, c_stride);
+            continue;
+        }
+        float whole[GEMM_ROWS * GEMM_COLUMNS] = {};
+        for (int64_t i = 0; i < n_rows; ++i) {
+            std::memcpy(whole + i * GEMM_COLUMNS, out + i * c_stride, (size_t) n * sizeof(float));
+        }
+        multiply_best(a.at(panel, first), depth, b, b_stride, whole, GEMM_COLUMNS);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            std::memcpy(out + i * c_stride, whole + i * GEMM_COLUMNS, (size_t) n * sizeof(float));
+        }
+    }
+}
+
+void gemm_add(const gemm_panels & a, const float * b, int64_t b_stride, int64_t n, float * c,
+              int64_t c_stride, int n_threads) {
+    gemm_add(a, n, GEMM_COLUMNS, c, c_stride, n_threads,
+             [&](int64_t first, int64_t depth, int64_t column, int64_t n_columns, float * to) {
+                 for (int64_t k = 0; k < depth; ++k) {
+                     std::memcpy(to + k * GEMM_COLUMNS, b + (first + k) * b_stride + column,
+                                 (size_t) n_columns * sizeof(float));
+                 }
+             });
+}
+
+}  // namespace zo

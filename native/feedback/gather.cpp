@@ -1,0 +1,88 @@
+#include "feedback/gather.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "ggml-backend.h"
+
+namespace zo {
+
+namespace {
+
+// Where value `i` of a tensor in logical order lies, in bytes from its start.
+size_t offset_of(const ggml_tensor * t, int64_t i) {
+    size_t offset = 0;
+    for (int d = 0; d < 4; ++d) {
+        offset += (size_t) (i % t->ne[d]) * t->nb[d];
+        i /= t->ne[d];
+    }
+    return offset;
+}
+
+// Whether `n` values in logical order lie side by side.
+bool lie_together(const ggml_tensor * t, int64_t n) {
+    size_t  stride = ggml_type_size(t->type);
+    int64_t done   = 1;
+    for (int d = 0; d < 4 && done < n; ++d) {
+        if (t->ne[d] != 1 && t->nb[d] != stride) {
+            return false;
+        }
+        stride *= (size_t) t->ne[d];
+        done *= t->ne[d];
+    }
+    return true;
+}
+
+// to[column] = the n values of each column of `from`, whose bytes start at `data`.
+template <typename Value>
+void copy_columns(const ggml_tensor * from, const char * data, const std::vector<int32_t> & columns,
+                  int64_t n, std::vector<Value> & to) {
+    to.resize(columns.size() * (size_t) n);
+    const bool together = lie_together(from, n);
+    Value *    out      = to.data();
+    for (const int32_t column : columns) {
+        const int64_t first = column * n;
+        if (together) {
+            std::memcpy(out, data + offset_of(from, first), (size_t) n * sizeof(Value));
+            out += n;
+            continue;
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            std::memcpy(out++, data + offset_of(from, first + i), sizeof(Value));
+        }
+    }
+}
+
+}  // namespace
+
+void gatherer::begin(std::vector<int32_t> token_columns, std::vector<int32_t> output_columns,
+                     int64_t n_tokens, int64_t n_outputs) {
+    token_columns_  = std::move(token_columns);
+    output_columns_ = std::move(output_columns);
+    n_tokens_       = n_tokens;
+    n_outputs_      = n_outputs;
+    clear();
+}
+
+void gatherer::take(int32_t number, const ggml_tensor * node, bool of_outputs, bool staged) {
+    const int64_t n_columns = of_outputs ? n_outputs_ : n_tokens_, n = ggml_nelements(node) / n_columns;
+    if (n * n_columns != ggml_nelements(node)) {
+        throw std::runtime_error(std::string(node->name) + " has other columns than the batch");
+    }
+    const char * data = (const char *) node->data;
+    if (staged) {
+        copy_.resize(ggml_nbytes(node));
+        ggml_backend_tensor_get(node, copy_.data(), 0, copy_.size());
+        data = copy_.data();
+    }
+    const std::vector<int32_t> & columns = of_outputs ? output_columns_ : token_columns_;
+    if (node->type == GGML_TYPE_I32) {
+        copy_columns(node, data, columns, n, values_[number].ints);
+    } else {
+        copy_columns(node, data, columns, n, values_[number].floats);
+    }
+}
+
+}  // namespace zo

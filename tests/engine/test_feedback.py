@@ -1,0 +1,110 @@
+"""Gradients of the reverse pass against autograd on the same weights, attention detached there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.helpers.architectures import ARCHITECTURES, LAYERS, Architecture, converted
+from tests.helpers.reference import torch_loss
+from zo_gguf.data.dataset import Example
+from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.feedback import FeedbackPass
+
+F32 = NDArray[np.float32]
+
+
+def examples() -> list[Example]:
+    """Completions, a row with gaps between what counts, and choices of different lengths."""
+    rng = np.random.default_rng(0)
+
+    def tokens(n: int) -> list[int]:
+        return [int(token) for token in rng.integers(3, 300, n)]
+
+    rows = [Example([1, *tokens(n)], [False] * (n - 3) + [True] * 4) for n in (9, 17, 12)]
+    rows.append(Example([1, *tokens(15)], [False, True, False, False] * 4))
+    prompt = [1, *tokens(11)]
+    choices = tuple(tuple(tokens(n)) for n in (1, 3, 2))
+    whole = [*prompt, *choices[1]]
+    mask = [False] * len(prompt) + [True] * 3
+    rows.append(Example(whole, mask, choices=choices, answer=1, n_prompt=len(prompt)))
+    return rows
+
+
+def detach(model: Any, architecture: Architecture) -> None:
+    """Take what attention reads, and what embeddings and routers give, as constant."""
+
+    def before(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = {key: _constant(value) for key, value in kwargs.items()}
+        return tuple(map(_constant, args)), kwargs
+
+    def after(_: Any, __: Any, output: Any) -> Any:
+        return tuple(map(_constant, output)) if isinstance(output, tuple) else _constant(output)
+
+    model.get_input_embeddings().register_forward_hook(after)
+    for layer in model.get_submodule(architecture.layers):
+        layer.get_submodule(architecture.attention).register_forward_pre_hook(
+            before, with_kwargs=True
+        )
+        gate = getattr(getattr(layer, "mlp", None), "gate", None)
+        if gate is not None:
+            gate.register_forward_hook(after)
+
+
+def _constant(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def references(model: Any, architecture: Architecture) -> dict[str, F32]:
+    """Gradients by GGUF name, matrices (n_rows, n_cols)."""
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    head = "token_embd.weight" if architecture.is_tied else "output.weight"
+    found = {head: model.get_output_embeddings().weight.grad.numpy()}
+    for layer in range(LAYERS):
+        for part, name in {**architecture.matrices, **architecture.norms}.items():
+            grad = grads[f"{architecture.layers}.{layer}.{name}.weight"]
+            found[f"blk.{layer}.{part}.weight"] = grad.T if architecture.is_transposed else grad
+    return found
+
+
+def cosine(a: F32, b: F32) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    return request.param
+
+
+def test_matches_autograd(kind: str) -> None:
+    architecture, pair, rows = ARCHITECTURES[kind], converted(kind), examples()
+    with Engine(pair.gguf, n_threads=1) as engine:
+        survey = FeedbackPass(engine, {})
+        shapes, norms = survey.native.matrices(), survey.native.norms()
+        survey.close()
+        eyes = {name: np.eye(n_cols, dtype=np.float32) for name, (_, n_cols) in shapes.items()}
+        tracked = FeedbackPass(engine, eyes, list(norms), tail=0.0)
+        found = tracked.gradients(rows)
+        plain = engine.losses(rows)[0]
+        tracked.close()
+    np.testing.assert_allclose(found.losses, plain, atol=1e-6)
+    detach(pair.model, architecture)
+    pair.model.zero_grad()
+    loss = sum(torch_loss(pair.model, row) for row in rows) / len(rows)
+    loss.backward()
+    assert np.mean(found.losses) == pytest.approx(loss.item(), abs=2e-3)
+    wanted = references(pair.model, architecture)
+    parts = {name for name in wanted if name.split(".")[-2] not in architecture.norms}
+    assert set(shapes) == parts
+    assert set(norms) >= set(wanted) - parts
+    for name in shapes:
+        assert cosine(found.factors[name].T, wanted[name]) > 0.999, name
+        ratio = np.linalg.norm(found.factors[name]) / np.linalg.norm(wanted[name])
+        assert ratio == pytest.approx(1, abs=0.01), name
+    for name in set(wanted) - parts:
+        weights = engine.gguf.dequantize(name)
+        assert cosine(found.gains[name], wanted[name] * weights) > 0.999, name
