@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from tests.helpers.graphs import Graph, gather
+from tests.helpers.graphs import Graph
 from zo_gguf.engine.model import native_library
 from zo_gguf.libzo import Feedback, Hook
 
@@ -216,12 +216,13 @@ def run(graph: Graph, build: Ggml) -> list[tuple[NDArray[np.float32], ...]]:
     ]
     rows = [graph.op("get_rows", product, ids) for product in products]
     head = graph.op("mul_mat", graph.tensor(HEAD, "output.weight"), build(graph, rows))
-    nodes = graph.compute(graph.name(graph.op("scale", head, 2.0), "result_output"))
+    logits = graph.name(graph.op("scale", head, 2.0), "result_output")
     library = native_library()
     hook, feedback = Hook(library, n_threads=1), Feedback(library, n_threads=2)
     for name, weight in INNER.items():
         feedback.track(name, weight.shape)
-    nll = gather(nodes, hook, feedback, N_TOKENS, OUTPUTS, TARGET_OUTPUT, TARGET_TOKEN)
+    batch = (N_TOKENS, OUTPUTS, TARGET_OUTPUT, TARGET_TOKEN)
+    nll = graph.run(logits, hook, feedback, *batch)
     feedback.run(WEIGHTS)
     reached = feedback.matrices()
     pairs = [feedback.pairs(i, 2) if n in reached else () for i, n in enumerate(INNER)]

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from tests.helpers.graphs import Graph, gather
+from tests.helpers.graphs import Graph
 from tests.helpers.tiny_gguf import packed
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
@@ -42,6 +42,7 @@ class Chain:
     low_rank: LowRank | None = None
     gain: Gain | None = None
     tail: float = 0.0
+    staged: bool = False
     right: dict[str, F32] = field(default_factory=dict)
     gains: tuple[str, ...] = ()
     factors: tuple[float, ...] = (1,)
@@ -52,30 +53,30 @@ class Chain:
         hook = Hook(
             library, self.store, None, self.low_rank, self.gain, n_threads=1,
         )  # fmt: skip
-        feedback = Feedback(library, self.n_threads, self.tail)
+        feedback = Feedback(library, self.n_threads, self.tail, self.staged)
         for name, shape in SHAPES.items():
             feedback.track(name, shape, self.right.get(name))
         for name in self.gains:
             feedback.track_gain(name, WIDTH)
-        nodes = self._nodes(feedback)
-        self.nll = gather(nodes, hook, feedback, N_TOKENS, OUTPUTS, TARGET_OUTPUT, TARGET_TOKEN)
+        batch = (N_TOKENS, OUTPUTS, TARGET_OUTPUT, TARGET_TOKEN)
+        self.nll = self.graph.run(self._logits(), hook, feedback, *batch)
         for factor in self.factors:
             feedback.run(factor * WEIGHTS)
         hook.free()
         self.graph.free()
         return feedback
 
-    def _nodes(self, feedback: Feedback) -> list[int]:
+    def _logits(self) -> int:
         graph = self.graph
         x = graph.op("scale", graph.tensor(X, is_input=True), 1.0)
         h = graph.op("mul_mat", graph.tensor(A, "a.weight"), x)
         h = graph.op("mul", h, graph.tensor(NORM, "n.weight"))
-        weight = graph.raw(packed(W, self.kind), self.kind, WIDTH, "w.weight")
+        weight = graph.raw(packed(W, self.kind), self.kind, W.shape, "w.weight")
         y = graph.op("mul_mat", weight, h)
         ids = graph.tensor(OUTPUTS, "out_ids", is_input=True)
         head = graph.tensor(HEAD, "output.weight")
         logits = graph.op("mul_mat", head, graph.op("get_rows", y, ids))
-        return graph.compute(graph.name(logits, "result_output"))
+        return graph.name(logits, "result_output")
 
 
 X, A = random(N_TOKENS, N_IN), random(WIDTH, N_IN, seed=1) / 3
@@ -138,8 +139,8 @@ def test_factors_add_up_what_pairs_show() -> None:
 def test_bits_do_not_depend_on_threads(kind: str) -> None:
     right = {name: random(5, shape[1], seed=7) for name, shape in SHAPES.items()}
     found = []
-    for n_threads in (1, 2, 5):
-        feedback = Chain(Type[kind], n_threads, right=right).run()
+    for n_threads, staged in ((1, False), (2, False), (5, False), (1, True)):
+        feedback = Chain(Type[kind], n_threads, staged=staged, right=right).run()
         found.append(b"".join(feedback.gradient(i).tobytes() for i in range(3)))
         feedback.free()
     assert len(set(found)) == 1
