@@ -2,31 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "core/parallel.h"
 #include "core/vectorize.h"
+#include "cpu/exponential.h"
 
 namespace zo {
-
-// e^x for x <= 0, relative error below 2e-7: 2^n times a polynomial in the remainder. libm's expf is
-// as good but keeps compilers from vectorizing the loop over the vocabulary.
-ZO_INLINE static float exp_negative(float x) {
-    x                  = std::max(x, -87.0f);
-    const float n      = (float) (int32_t) (x * 1.44269504f - 0.5f);
-    const float r      = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
-    float       p      = 1.0f / 720;
-    p                  = p * r + 1.0f / 120;
-    p                  = p * r + 1.0f / 24;
-    p                  = p * r + 1.0f / 6;
-    p                  = p * r + 0.5f;
-    p                  = p * r + 1.0f;
-    p                  = p * r + 1.0f;
-    const int32_t bits = ((int32_t) n + 127) << 23;
-    float         scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
 
 ZO_INLINE static double logsumexp(const float * logits, int64_t n) {
     constexpr int lanes = 16, block = 1024;

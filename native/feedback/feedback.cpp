@@ -223,15 +223,14 @@ void zo_feedback::run(const float * target_weights) {
     for (size_t i = 0; i < target_token_.size(); ++i) {
         targets[(size_t) target_counted_[i]].push_back({ target_token_[i], target_weights[i] });
     }
-    const std::vector<zo::logit_step> steps = logit_steps();
-    std::vector<zo::sparse_entry>     all;
-    for (size_t i = 0; i < kept_.size(); ++i) {
-        std::vector<zo::sparse_entry> entries = zo::logits_gradient(kept_[i], targets[i], (int32_t) i);
-        zo::back_through_logits(steps, kept_[i].values, entries);
-        all.insert(all.end(), entries.begin(), entries.end());
-    }
-    std::sort(all.begin(), all.end(), [](const zo::sparse_entry & a, const zo::sparse_entry & b) {
-        return a.row != b.row ? a.row < b.row : a.column < b.column;
+    const std::vector<zo::logit_step>          steps = logit_steps();
+    std::vector<std::vector<zo::sparse_entry>> entries(kept_.size());
+    zo::parallel_for((int64_t) kept_.size(), n_threads, [&](int64_t i, int) {
+        const zo::kept_logits & kept = kept_[(size_t) i];
+        entries[(size_t) i]          = zo::logits_gradient(kept, targets[(size_t) i], (int32_t) i);
+        zo::back_through_logits(steps, kept.values, entries[(size_t) i]);
     });
+    const int64_t n_rows = graph_.tensors[(size_t) plan_.head].ne[0];
+    const auto    all    = zo::sorted_by_row(entries, n_rows);
     zo::reverse_pass(graph_, plan_, gathered_, weights, overlays, tracked, n_threads).run(all);
 }

@@ -3,56 +3,119 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/vectorize.h"
+#include "cpu/exponential.h"
+
 namespace zo {
 
 namespace {
 
-// Logits by their distance from the largest, in steps; all that are further away share the last one.
-constexpr int   STEPS    = 256;
-constexpr float PER_UNIT = 8;
+constexpr int LANES = 16, BLOCK = 1024;  // short sums in f32, added up in f64
 
-int step_of(float distance) {
-    return (int) std::min(distance * PER_UNIT, (float) (STEPS - 1));
+ZO_INLINE float largest(const float * values, int64_t n) {
+    float   top[LANES];
+    int64_t i = 0;
+    std::fill(top, top + LANES, -INFINITY);
+    for (; i + LANES <= n; i += LANES) {
+        for (int k = 0; k < LANES; ++k) {
+            top[k] = values[i + k] > top[k] ? values[i + k] : top[k];
+        }
+    }
+    float max = *std::max_element(top, top + LANES);
+    for (; i < n; ++i) {
+        max = std::max(max, values[i]);
+    }
+    return max;
+}
+
+ZO_INLINE void relative_shares(const float * logits, int64_t n, float top, float * shares) {
+    for (int64_t i = 0; i < n; ++i) {
+        shares[i] = exp_negative(logits[i] - top);
+    }
+}
+
+ZO_INLINE double sum_below(const float * shares, int64_t n, float limit) {
+    double total = 0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        const int64_t end        = std::min<int64_t>(n, first + BLOCK);
+        float         sum[LANES] = {};
+        int64_t       i          = first;
+        for (; i + LANES <= end; i += LANES) {
+            for (int k = 0; k < LANES; ++k) {
+                sum[k] += shares[i + k] < limit ? shares[i + k] : 0.0f;
+            }
+        }
+        for (; i < end; ++i) {
+            sum[0] += shares[i] < limit ? shares[i] : 0.0f;
+        }
+        for (int k = 0; k < LANES; ++k) {
+            total += sum[k];
+        }
+    }
+    return total;
+}
+
+// The largest power of two, of 64, below which all shares add up to at most `most`; 0 if none is.
+float find_limit(const std::vector<float> & shares, double most) {
+    int fits = 65, exceeds = 0;  // exponents of 1/2
+    while (fits - exceeds > 1) {
+        const int    middle = (fits + exceeds) / 2;
+        const double below =
+            vectorized<sum_below>(shares.data(), (int64_t) shares.size(), std::ldexp(1.0f, -middle));
+        (below <= most ? fits : exceeds) = middle;
+    }
+    return fits > 64 ? 0.0f : std::ldexp(1.0f, -fits);
 }
 
 }  // namespace
 
 kept_logits keep_likely(const float * logits, int64_t n_vocab, const std::vector<int32_t> & targets,
                         double tail) {
-    const float         top = *std::max_element(logits, logits + n_vocab);
-    std::vector<double> mass(STEPS);  // of all tokens in a step
-    double              sum = 0;
-    for (int64_t i = 0; i < n_vocab; ++i) {
-        const float distance = top - logits[i];
-        const float share    = std::exp(-distance);
-        mass[(size_t) step_of(distance)] += share;
-        sum += share;
-    }
-    double rest = sum;
+    std::vector<float> shares((size_t) n_vocab);  // of exp, relative to the largest
+    const float        top = vectorized<largest>(logits, n_vocab);
+    vectorized<relative_shares>(logits, n_vocab, top, shares.data());
+    const double sum  = vectorized<sum_below>(shares.data(), n_vocab, INFINITY);
+    double       rest = sum;
     for (const int32_t token : targets) {
-        rest -= std::exp(logits[token] - top);
+        rest -= shares[(size_t) token];
     }
-    // Whole steps are left out: the mass of targets in them, which stay, only makes that fewer.
-    int    first_out = STEPS;
-    double out       = 0;
-    while (first_out > 0 && out + mass[(size_t) first_out - 1] <= tail * rest) {
-        out += mass[(size_t) --first_out];
-    }
+    // Targets stay, and only make what is left out less than the limit says.
+    const float limit = find_limit(shares, tail * rest);
+    double      out   = vectorized<sum_below>(shares.data(), n_vocab, limit);
     kept_logits kept;
     kept.log_sum = top + std::log(sum);
-    double in    = 0;
-    auto   next  = targets.begin();
+    auto next    = targets.begin();
     for (int64_t i = 0; i < n_vocab; ++i) {
-        const bool is_target = next != targets.end() && *next == i;
+        const bool is_target = next != targets.end() && *next == i, is_likely = shares[(size_t) i] >= limit;
         next += is_target;
-        if (is_target || step_of(top - logits[i]) < first_out) {
+        if (is_target || is_likely) {
             kept.tokens.push_back((int32_t) i);
             kept.values.push_back(logits[i]);
-            in += std::exp(logits[i] - top);
+            out -= is_likely ? 0.0f : shares[(size_t) i];
         }
     }
-    kept.left_out = std::max(0.0, 1 - in / sum);
+    kept.left_out = std::max(0.0, out / sum);
     return kept;
+}
+
+std::vector<sparse_entry> sorted_by_row(const std::vector<std::vector<sparse_entry>> & of_columns,
+                                        int64_t                                        n_rows) {
+    std::vector<size_t> first((size_t) n_rows + 1);
+    for (const std::vector<sparse_entry> & column : of_columns) {
+        for (const sparse_entry & entry : column) {
+            first[(size_t) entry.row + 1] += 1;
+        }
+    }
+    for (size_t row = 0; row < (size_t) n_rows; ++row) {
+        first[row + 1] += first[row];
+    }
+    std::vector<sparse_entry> sorted(first.back());
+    for (const std::vector<sparse_entry> & column : of_columns) {
+        for (const sparse_entry & entry : column) {
+            sorted[first[(size_t) entry.row]++] = entry;
+        }
+    }
+    return sorted;
 }
 
 std::vector<sparse_entry> logits_gradient(const kept_logits &                  kept,

@@ -38,6 +38,10 @@ struct weighted_target {
 std::vector<sparse_entry> logits_gradient(const kept_logits &                  kept,
                                           const std::vector<weighted_target> & targets, int32_t column);
 
+// The entries of all columns, by row and then by column.
+std::vector<sparse_entry> sorted_by_row(const std::vector<std::vector<sparse_entry>> & of_columns,
+                                        int64_t                                        n_rows);
+
 // An element-wise operation between the head's product and the logits: y = factor * x + offset, y = tanh(x),
 // or y = x + bias.
 struct logit_step {

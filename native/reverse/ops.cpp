@@ -7,75 +7,6 @@ namespace zo {
 
 namespace {
 
-struct value_and_slope {
-    float value, slope;
-};
-
-float sigmoid(float x) {
-    return 1 / (1 + std::exp(-x));
-}
-
-// x * sigmoid(a * x)
-value_and_slope silu(float x, float a) {
-    const float s = sigmoid(a * x);
-    return { x * s, s + a * x * s * (1 - s) };
-}
-
-value_and_slope gelu(float x) {
-    constexpr float a = 0.044715f, b = 0.79788456f;  // sqrt(2 / pi)
-    const float     t = std::tanh(b * x * (1 + a * x * x));
-    return { 0.5f * x * (1 + t), 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * b * (1 + 3 * a * x * x) };
-}
-
-value_and_slope gelu_erf(float x) {
-    const float below = 0.5f * (1 + std::erf(x * 0.70710678f));
-    return { x * below, below + x * 0.39894228f * std::exp(-0.5f * x * x) };  // 1 / sqrt(2 pi)
-}
-
-value_and_slope evaluate(activation f, float x) {
-    switch (f) {
-    case activation::relu:
-        return { std::max(x, 0.0f), x > 0 ? 1.0f : 0.0f };
-    case activation::gelu:
-        return gelu(x);
-    case activation::gelu_quick:
-        return silu(x, 1.702f);
-    case activation::gelu_erf:
-        return gelu_erf(x);
-    case activation::silu:
-        return silu(x, 1);
-    case activation::neg:
-        return { -x, -1 };
-    case activation::sigmoid: {
-        const float s = sigmoid(x);
-        return { s, s * (1 - s) };
-    }
-    case activation::tanh: {
-        const float t = std::tanh(x);
-        return { t, 1 - t * t };
-    }
-    default:
-        return { 0, 0 };
-    }
-}
-
-// Both factors of a gated unit at one place.
-struct gated_factors {
-    value_and_slope gate, up;
-};
-
-gated_factors evaluate(const gated_unit & unit, float gate, float up) {
-    if (unit.function == activation::swiglu_oai || unit.function == activation::swiglu_clamp) {
-        const bool      oai   = unit.function == activation::swiglu_oai;
-        const bool      above = gate > unit.limit, beyond = std::fabs(up) > unit.limit;
-        value_and_slope first = silu(std::min(gate, unit.limit), oai ? unit.alpha : 1);
-        first.slope           = above ? 0 : first.slope;
-        const float second    = std::clamp(up, -unit.limit, unit.limit) + (oai ? 1.0f : 0.0f);
-        return { first, { second, beyond ? 0.0f : 1.0f } };
-    }
-    return { evaluate(unit.function, gate), { up, 1 } };
-}
-
 // The coordinates of value i within the first k dimensions.
 struct place_in_token {
     int64_t at[4] = { 0, 0, 0, 0 };
@@ -147,25 +78,6 @@ void l2_norm_back(const float * x, const float * dy, float * dx, int64_t n, int6
         const float  along  = length > eps ? (float) (products / (squares * length)) : 0.0f;
         for (int64_t i = 0; i < n; ++i) {
             dx[i] += scale * dy[i] - along * x[i];
-        }
-    }
-}
-
-void activation_back(activation f, const float * x, const float * dy, float * dx, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        dx[i] += dy[i] * evaluate(f, x[i]).slope;
-    }
-}
-
-void gated_back(const gated_unit & unit, const float * gate, const float * up, const float * dy,
-                float * dgate, float * dup, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        const gated_factors factors = evaluate(unit, gate[i], up[i]);
-        if (dgate != nullptr) {
-            dgate[i] += dy[i] * factors.gate.slope * factors.up.value;
-        }
-        if (dup != nullptr) {
-            dup[i] += dy[i] * factors.gate.value * factors.up.slope;
         }
     }
 }

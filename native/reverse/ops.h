@@ -17,17 +17,6 @@ void norm_back(const float * x, const float * dy, float * dx, int64_t n, int64_t
 // y = x / max(|x|, eps)
 void l2_norm_back(const float * x, const float * dy, float * dx, int64_t n, int64_t n_rows, float eps);
 
-// dx += dy * f'(x) for n values of an element-wise function.
-void activation_back(activation f, const float * x, const float * dy, float * dx, int64_t n);
-
-// y = f(gate) * up, or what the two variants with limits make of it; dgate and dup may be NULL.
-struct gated_unit {
-    activation function;
-    float      alpha, limit;  // of swiglu_oai and swiglu_clamp
-};
-void gated_back(const gated_unit & unit, const float * gate, const float * up, const float * dy,
-                float * dgate, float * dup, int64_t n);
-
 // For each value of a token in `out`, in logical order, the place among the values of a token of `b`, which
 // is repeated to that shape; `k` dimensions of `out` hold a token. Empty where the two are the same.
 std::vector<int32_t> repeat_map(const graph_tensor & b, const graph_tensor & out, int k);

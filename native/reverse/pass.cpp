@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/parallel.h"
+#include "reverse/activation.h"
 #include "reverse/ops.h"
 
 namespace zo {

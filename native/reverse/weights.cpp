@@ -1,20 +1,17 @@
 #include "reverse/weights.h"
 
-#include <cstring>
 #include <stdexcept>
 #include <utility>
 
+#include "core/vectorize.h"
+#include "cpu/dequantize.h"
 #include "ggml-backend.h"
 
 namespace zo {
 
 void weight_bytes::row(int64_t row, int64_t column, int64_t n, float * out) const {
     const char * from = data + (size_t) row * row_bytes + (size_t) (column / block) * block_bytes;
-    if (type == GGML_TYPE_F32) {
-        std::memcpy(out, from, (size_t) n * sizeof(float));
-        return;
-    }
-    ggml_get_type_traits(type)->to_float(from, out, n);
+    dequantize(type, from, n, out);
 }
 
 weight_bytes weight_bytes::matrix(int64_t number) const {
@@ -36,7 +33,7 @@ weight_bytes weight_table::find(const graph_tensor & weight) const {
     bytes.block       = ggml_blck_size(t->type);
     bytes.block_bytes = ggml_type_size(t->type);
     bytes.row_bytes   = ggml_row_size(t->type, t->ne[0]);
-    if (t->type != GGML_TYPE_F32 && ggml_get_type_traits(t->type)->to_float == nullptr) {
+    if (!can_dequantize(t->type)) {
         throw std::runtime_error(weight.name + " has a type that cannot be read back");
     }
     const auto found = lent_.find(weight.name);
@@ -71,20 +68,30 @@ void add_transposed_product(const weight_bytes & w, const gemm_panels & dy, floa
              });
 }
 
+// dx[column] += value * row for the entries of one row, of which n values are at hand.
+ZO_INLINE static void add_row(const float * row, int64_t n, const sparse_entry * entries, int64_t n_entries,
+                              float * dx, int64_t stride) {
+    for (int64_t e = 0; e < n_entries; ++e) {
+        float *     to    = dx + entries[e].column * stride;
+        const float value = entries[e].value;
+        for (int64_t j = 0; j < n; ++j) {
+            to[j] += value * row[j];
+        }
+    }
+}
+
 void add_transposed_product(const weight_bytes & w, const std::vector<sparse_entry> & dy, float * dx,
                             int n_threads) {
-    const int64_t width = w.width();
+    const int64_t width = w.width(), n_entries = (int64_t) dy.size();
     parallel_for((w.n_cols + width - 1) / width, n_threads, [&](int64_t chunk, int) {
         const int64_t      column = chunk * width, n = std::min(width, w.n_cols - column);
         std::vector<float> values((size_t) n);
-        for (size_t i = 0; i < dy.size(); ++i) {
-            if (i == 0 || dy[i].row != dy[i - 1].row) {
-                w.row(dy[i].row, column, n, values.data());
+        for (int64_t first = 0, end; first < n_entries; first = end) {
+            const sparse_entry * entries = dy.data() + first;
+            for (end = first + 1; end < n_entries && dy[(size_t) end].row == entries->row; ++end) {
             }
-            float * to = dx + dy[i].column * w.n_cols + column;
-            for (int64_t j = 0; j < n; ++j) {
-                to[j] += dy[i].value * values[(size_t) j];
-            }
+            w.row(entries->row, column, n, values.data());
+            vectorized<add_row>(values.data(), n, entries, end - first, dx + column, w.n_cols);
         }
     });
 }
