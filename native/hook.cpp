@@ -27,13 +27,12 @@
 
 namespace {
 
-constexpr std::string_view OUTPUT_NODE = "result_output";
-
 using zo::column_range;
 using zo::columns_at;
 using zo::host_view;
 using zo::in_host_memory;
 using zo::n_columns;
+using zo::OUTPUT_NODE;
 using zo::weight_name;
 
 // What is added to the product with one weight; either may be NULL.

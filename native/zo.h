@@ -267,29 +267,30 @@ ZO_API zo_status zo_feedback_weight(zo_feedback * feedback, const char * name, i
                                     const void * data, int64_t n_bytes);
 
 // Matrices are numbered in the order of these calls. For W x + left^T right x with right [rank][n_cols]
-// given: the gradient with respect to left [rank][n_rows], added up over all runs. Rank 0: pairs of the last
-// run.
+// given, of n_right values: the gradient with respect to left [rank][n_rows], added up over all runs. With
+// rank 0, and NULL, the pairs of the last run instead.
 ZO_API zo_status zo_feedback_track(zo_feedback * feedback, const char * name, int64_t n_rows, int64_t n_cols,
-                                   int64_t rank, const float * right);
+                                   int64_t rank, int64_t n_right, const float * right);
 
 // Norms have numbers of their own: the gradient with respect to the gain g of a norm's product times 1 + g.
 ZO_API zo_status zo_feedback_track_gain(zo_feedback * feedback, const char * name, int64_t n);
 
 // Before a decode, in addition to zo_hook_begin: the same batch, of one branch, and the token column of each
 // output. After it: whether the decode was gathered. If not, its graph is known now: decode again.
-ZO_API zo_status zo_feedback_begin(zo_feedback * feedback, const zo_batch * batch,
+ZO_API zo_status zo_feedback_begin(zo_feedback * feedback, const zo_batch * batch, int32_t n_outputs,
                                    const int32_t * output_token);
 ZO_API zo_status zo_feedback_end(zo_feedback * feedback, bool * gathered);
 
 // Adds the gradients of sum weights[i] * nll[i] over the targets of the decode; weights may be negative.
 ZO_API zo_status zo_feedback_run(zo_feedback * feedback, int32_t n_targets, const float * weights);
 
-// Results: gradient [rank][n_rows]; x [n_counted][n_cols] and dy [n_counted][n_rows], where n_counted is the
-// number of outputs with targets; gradient [n] of a gain. zo_feedback_clear sets all gradients to zero.
+// Results, with their numbers of values: gradient [rank][n_rows]; x [n_counted][n_cols] and
+// dy [n_counted][n_rows], where n_counted is the number of outputs with targets; gradient [n] of a gain.
+// zo_feedback_clear sets all gradients to zero.
 ZO_API zo_status zo_feedback_gradient(const zo_feedback * feedback, int32_t number, int64_t n,
                                       float * gradient);
-ZO_API zo_status zo_feedback_pairs(const zo_feedback * feedback, int32_t number, int64_t n_counted, float * x,
-                                   float * dy);
+ZO_API zo_status zo_feedback_pairs(const zo_feedback * feedback, int32_t number, int64_t n_x, float * x,
+                                   int64_t n_dy, float * dy);
 ZO_API zo_status zo_feedback_gain_gradient(const zo_feedback * feedback, int32_t number, int64_t n,
                                            float * gradient);
 ZO_API zo_status zo_feedback_clear(zo_feedback * feedback);

@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 
 #include "feedback/feedback.h"
 
+using zo::check_array;
 using zo::fail;
 using zo::guarded;
 
@@ -39,11 +40,18 @@ zo_status zo_feedback_weight(zo_feedback * feedback, const char * name, int32_t 
 }
 
 zo_status zo_feedback_track(zo_feedback * feedback, const char * name, int64_t n_rows, int64_t n_cols,
-                            int64_t rank, const float * right) {
+                            int64_t rank, int64_t n_right, const float * right) {
     return guarded([&] {
-        if (feedback == nullptr || name == nullptr || n_rows < 1 || n_cols < 1 || rank < 0 ||
-            rank > 1 << 16 || (rank > 0 && right == nullptr)) {
-            return fail(ZO_ARGUMENT, "zo_feedback_track needs a name, a shape and a factor of a rank");
+        constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+        if (feedback == nullptr || name == nullptr || n_rows < 1 || n_rows > limit || n_cols < 1 ||
+            n_cols > limit || rank < 0 || rank > 1 << 16) {
+            return fail(ZO_ARGUMENT, "zo_feedback_track needs a name, a shape and a rank");
+        }
+        const float     nothing = 0;
+        const zo_status status =
+            check_array("zo_feedback_track", rank == 0 ? &nothing : right, n_right, rank * n_cols);
+        if (status != ZO_OK) {
+            return status;
         }
         if (feedback->tracked.contains(name)) {
             return fail(ZO_ARGUMENT, std::string(name) + " is tracked already");
@@ -84,27 +92,28 @@ zo_status zo_feedback_track_gain(zo_feedback * feedback, const char * name, int6
     });
 }
 
-static bool fits(const zo_batch & batch, const int32_t * output_token) {
-    const auto in_range = [](const int32_t * a, int32_t n, int32_t limit) {
-        return a != nullptr && std::all_of(a, a + n, [&](int32_t v) { return v >= 0 && v < limit; });
-    };
-    return batch.n_tokens >= 1 && batch.n_outputs >= 1 && batch.n_targets >= 1 &&
-           batch.target_token != nullptr && in_range(output_token, batch.n_outputs, batch.n_tokens) &&
-           in_range(batch.target_output, batch.n_targets, batch.n_outputs) &&
-           std::is_sorted(batch.target_output, batch.target_output + batch.n_targets) &&
-           std::all_of(batch.target_token, batch.target_token + batch.n_targets,
-                       [](int32_t t) { return t >= 0; });
-}
-
-zo_status zo_feedback_begin(zo_feedback * feedback, const zo_batch * batch, const int32_t * output_token) {
+zo_status zo_feedback_begin(zo_feedback * feedback, const zo_batch * batch, int32_t n_outputs,
+                            const int32_t * output_token) {
     return guarded([&] {
-        if (feedback == nullptr || batch == nullptr || !fits(*batch, output_token)) {
-            return fail(ZO_ARGUMENT, "a batch for feedback refers to an output or token that does not exist");
+        if (feedback == nullptr || batch == nullptr) {
+            return fail(ZO_ARGUMENT, "zo_feedback_begin got a null pointer");
         }
-        if (batch->n_branches != 1) {
+        zo::decode_batch decode;
+        zo_status        status = zo::read_batch(batch, decode);
+        if (status == ZO_OK) {
+            status = check_array("zo_feedback_begin", output_token, n_outputs, decode.n_outputs);
+        }
+        if (status != ZO_OK) {
+            return status;
+        }
+        if (decode.branches.size() != 1) {
             return fail(ZO_ARGUMENT, "a decode for feedback has one branch");
         }
-        feedback->begin(*batch, output_token);
+        if (!std::all_of(output_token, output_token + n_outputs,
+                         [&](int32_t token) { return token >= 0 && token < decode.n_tokens; })) {
+            return fail(ZO_ARGUMENT, "an output is a token that does not exist");
+        }
+        feedback->begin(decode, output_token);
         return ZO_OK;
     });
 }
@@ -121,54 +130,58 @@ zo_status zo_feedback_end(zo_feedback * feedback, bool * gathered) {
 
 zo_status zo_feedback_run(zo_feedback * feedback, int32_t n_targets, const float * weights) {
     return guarded([&] {
-        if (feedback == nullptr || weights == nullptr || n_targets != feedback->n_targets() ||
-            !std::all_of(weights, weights + n_targets, [](float w) { return std::isfinite(w); })) {
-            return fail(ZO_ARGUMENT, "zo_feedback_run needs a finite weight for each target of the decode");
+        const zo_status status = check_array("zo_feedback_run", feedback == nullptr ? nullptr : weights,
+                                             n_targets, feedback == nullptr ? 0 : feedback->n_targets());
+        if (status != ZO_OK) {
+            return status;
+        }
+        if (!std::all_of(weights, weights + n_targets, [](float w) { return std::isfinite(w); })) {
+            return fail(ZO_ARGUMENT, "a target's weight is not finite");
         }
         feedback->run(weights);
         return ZO_OK;
     });
 }
 
-static zo_status copy_out(const std::vector<float> & values, int64_t n, float * to) {
-    if (to == nullptr || n != (int64_t) values.size()) {
-        return fail(ZO_ARGUMENT,
-                    "a gradient has " + std::to_string(values.size()) + " values, not " + std::to_string(n));
+// Copies values out to an array of n; `function` is for the sentence.
+static zo_status copy_out(const char * function, const std::vector<float> & values, int64_t n, float * to) {
+    const zo_status status = check_array(function, to, n, (int64_t) values.size());
+    if (status == ZO_OK) {
+        std::copy(values.begin(), values.end(), to);
     }
-    std::memcpy(to, values.data(), values.size() * sizeof(float));
-    return ZO_OK;
+    return status;
 }
 
 zo_status zo_feedback_gradient(const zo_feedback * feedback, int32_t number, int64_t n, float * gradient) {
     return guarded([&] {
-        if (feedback == nullptr || number < 0 ||
-            (size_t) number >= feedback->tracked.matrices.weights.size()) {
+        if (feedback == nullptr || !feedback->tracked.matrices.has(number)) {
             return fail(ZO_ARGUMENT, "zo_feedback_gradient got a matrix that is not tracked");
         }
-        return copy_out(feedback->tracked.matrices.weights[(size_t) number].gradient, n, gradient);
+        return copy_out("zo_feedback_gradient", feedback->tracked.matrices.weights[(size_t) number].gradient,
+                        n, gradient);
     });
 }
 
-zo_status zo_feedback_pairs(const zo_feedback * feedback, int32_t number, int64_t n_counted, float * x,
-                            float * dy) {
+zo_status zo_feedback_pairs(const zo_feedback * feedback, int32_t number, int64_t n_x, float * x,
+                            int64_t n_dy, float * dy) {
     return guarded([&] {
-        if (feedback == nullptr || number < 0 ||
-            (size_t) number >= feedback->tracked.matrices.weights.size()) {
+        if (feedback == nullptr || !feedback->tracked.matrices.has(number)) {
             return fail(ZO_ARGUMENT, "zo_feedback_pairs got a matrix that is not tracked");
         }
         const zo::tracked_matrix & matrix = feedback->tracked.matrices.weights[(size_t) number];
-        const zo_status            status = copy_out(matrix.x, n_counted * matrix.n_cols, x);
-        return status == ZO_OK ? copy_out(matrix.dy, n_counted * matrix.n_rows, dy) : status;
+        const zo_status            status = copy_out("zo_feedback_pairs", matrix.x, n_x, x);
+        return status == ZO_OK ? copy_out("zo_feedback_pairs", matrix.dy, n_dy, dy) : status;
     });
 }
 
 zo_status zo_feedback_gain_gradient(const zo_feedback * feedback, int32_t number, int64_t n,
                                     float * gradient) {
     return guarded([&] {
-        if (feedback == nullptr || number < 0 || (size_t) number >= feedback->tracked.gains.weights.size()) {
+        if (feedback == nullptr || !feedback->tracked.gains.has(number)) {
             return fail(ZO_ARGUMENT, "zo_feedback_gain_gradient got a norm that is not tracked");
         }
-        return copy_out(feedback->tracked.gains.weights[(size_t) number].gradient, n, gradient);
+        return copy_out("zo_feedback_gain_gradient",
+                        feedback->tracked.gains.weights[(size_t) number].gradient, n, gradient);
     });
 }
 
@@ -195,7 +208,7 @@ int64_t zo_feedback_token_bytes(const zo_feedback * feedback) {
 
 const char * zo_feedback_matrix(const zo_feedback * feedback, int32_t index, int64_t * n_rows,
                                 int64_t * n_cols) {
-    if (feedback == nullptr || !feedback->planned || index < 0 ||
+    if (feedback == nullptr || n_rows == nullptr || n_cols == nullptr || !feedback->planned || index < 0 ||
         (size_t) index >= feedback->plan().matrices.size()) {
         return nullptr;
     }
@@ -208,7 +221,7 @@ const char * zo_feedback_matrix(const zo_feedback * feedback, int32_t index, int
 }
 
 const char * zo_feedback_norm(const zo_feedback * feedback, int32_t index, int64_t * n) {
-    if (feedback == nullptr || !feedback->planned || index < 0 ||
+    if (feedback == nullptr || n == nullptr || !feedback->planned || index < 0 ||
         (size_t) index >= feedback->plan().norms.size()) {
         return nullptr;
     }

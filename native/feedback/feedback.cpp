@@ -2,30 +2,25 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <string_view>
 #include <utility>
 
 #include "core/parallel.h"
 #include "ggml-backend.h"
+#include "graph/node.h"
 
 using zo::op_kind;
+using zo::OUTPUT_NODE;
 
-namespace {
-
-constexpr std::string_view OUTPUT_NODE = "result_output";
-
-}  // namespace
-
-void zo_feedback::begin(const zo_batch & batch, const int32_t * output_token) {
+void zo_feedback::begin(const zo::decode_batch & batch, const int32_t * output_token) {
     n_tokens_  = batch.n_tokens;
     n_outputs_ = batch.n_outputs;
     output_token_.assign(output_token, output_token + batch.n_outputs);
     counted_.clear();
     target_counted_.clear();
-    target_token_.assign(batch.target_token, batch.target_token + batch.n_targets);
-    for (int32_t i = 0; i < batch.n_targets; ++i) {
-        if (counted_.empty() || counted_.back() != batch.target_output[i]) {
-            counted_.push_back(batch.target_output[i]);
+    target_token_ = batch.wanted.token;
+    for (const int32_t output : batch.wanted.output) {
+        if (counted_.empty() || counted_.back() != output) {
+            counted_.push_back(output);
         }
         target_counted_.push_back((int32_t) counted_.size() - 1);
     }
@@ -96,9 +91,7 @@ void zo_feedback::on_node(const ggml_tensor * node) noexcept {
 }
 
 bool zo_feedback::staged(const ggml_tensor * node) const {
-    const ggml_backend_buffer * buffer = node->view_src != nullptr ? node->view_src->buffer : node->buffer;
-    return force_staged ||
-           (buffer != nullptr && !ggml_backend_buffer_is_host((ggml_backend_buffer *) buffer));
+    return force_staged || !zo::in_host_memory(node);
 }
 
 void zo_feedback::take(const ggml_tensor * node) {

@@ -11,6 +11,7 @@
 #include "feedback/gather.h"
 #include "feedback/graph.h"
 #include "feedback/plan.h"
+#include "graph/batch.h"
 #include "reverse/head.h"
 #include "reverse/pass.h"
 #include "reverse/tracked.h"
@@ -28,7 +29,8 @@ struct zo_feedback {
     // Whether the plan has to be made anew before the next decode can be gathered.
     bool planned = false;
 
-    void begin(const zo_batch & batch, const int32_t * output_token);
+    // A batch of one branch, and the token column of each of its outputs.
+    void begin(const zo::decode_batch & batch, const int32_t * output_token);
     // Of the eval callback. Failures are kept for `end`.
     bool wants(const ggml_tensor * node) noexcept;
     void on_node(const ggml_tensor * node) noexcept;

@@ -35,22 +35,33 @@ bool lie_together(const ggml_tensor * t, int64_t n) {
     return true;
 }
 
-// to[column] = the n values of each column of `from`, whose bytes start at `data`.
+// to[column] = the n values of each column, through ggml's backend where `staged`.
 template <typename Value>
-void copy_columns(const ggml_tensor * from, const char * data, const std::vector<int32_t> & columns,
-                  int64_t n, std::vector<Value> & to) {
+void copy_columns(const ggml_tensor * from, bool staged, const std::vector<int32_t> & columns, int64_t n,
+                  std::vector<Value> & to) {
     to.resize(columns.size() * (size_t) n);
-    const bool together = lie_together(from, n);
-    Value *    out      = to.data();
-    for (const int32_t column : columns) {
-        const int64_t first = column * n;
-        if (together) {
-            std::memcpy(out, data + offset_of(from, first), (size_t) n * sizeof(Value));
-            out += n;
-            continue;
+    const char *      data = (const char *) from->data;
+    std::vector<char> copy;
+    if (lie_together(from, n)) {
+        for (size_t i = 0; i < columns.size(); ++i) {
+            const size_t offset = offset_of(from, columns[i] * n), n_bytes = (size_t) n * sizeof(Value);
+            if (staged) {
+                ggml_backend_tensor_get(from, to.data() + i * (size_t) n, offset, n_bytes);
+            } else {
+                std::memcpy(to.data() + i * (size_t) n, data + offset, n_bytes);
+            }
         }
+        return;
+    }
+    if (staged) {
+        copy.resize(ggml_nbytes(from));
+        ggml_backend_tensor_get(from, copy.data(), 0, copy.size());
+        data = copy.data();
+    }
+    Value * out = to.data();
+    for (const int32_t column : columns) {
         for (int64_t i = 0; i < n; ++i) {
-            std::memcpy(out++, data + offset_of(from, first + i), sizeof(Value));
+            std::memcpy(out++, data + offset_of(from, column * n + i), sizeof(Value));
         }
     }
 }
@@ -71,17 +82,14 @@ void gatherer::take(int32_t number, const ggml_tensor * node, bool of_outputs, b
     if (n * n_columns != ggml_nelements(node)) {
         throw std::runtime_error(std::string(node->name) + " has other columns than the batch");
     }
-    const char * data = (const char *) node->data;
-    if (staged) {
-        copy_.resize(ggml_nbytes(node));
-        ggml_backend_tensor_get(node, copy_.data(), 0, copy_.size());
-        data = copy_.data();
+    if (node->type != GGML_TYPE_F32 && node->type != GGML_TYPE_I32) {
+        throw std::runtime_error(std::string(node->name) + " has values of another type than f32");
     }
     const std::vector<int32_t> & columns = of_outputs ? output_columns_ : token_columns_;
     if (node->type == GGML_TYPE_I32) {
-        copy_columns(node, data, columns, n, values_[number].ints);
+        copy_columns(node, staged, columns, n, values_[number].ints);
     } else {
-        copy_columns(node, data, columns, n, values_[number].floats);
+        copy_columns(node, staged, columns, n, values_[number].floats);
     }
 }
 

@@ -34,7 +34,6 @@ private:
     std::vector<int32_t>                         token_columns_, output_columns_;
     int64_t                                      n_tokens_ = 0, n_outputs_ = 0;
     std::unordered_map<int32_t, gathered_values> values_;
-    std::vector<char>                            copy_;  // of a whole node that lies on a device
 };
 
 }  // namespace zo

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "graph/node.h"
+
 namespace zo {
 
 namespace {
-
-constexpr std::string_view OUTPUT_NODE = "result_output";
 
 std::string where(const graph_tensor & t) {
     return t.desc + " at " + t.name;

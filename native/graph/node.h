@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "core/columns.h"
@@ -10,6 +11,8 @@
 #include "ggml.h"
 
 namespace zo {
+
+constexpr std::string_view OUTPUT_NODE = "result_output";  // the logits
 
 inline int64_t n_columns(const ggml_tensor * t) {
     return t->ne[1] * t->ne[2] * t->ne[3];

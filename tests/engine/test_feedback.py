@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from tests.helpers.architectures import ARCHITECTURES, LAYERS, Architecture, converted
 from tests.helpers.reference import torch_loss
 from zo_gguf.data.dataset import Example
+from zo_gguf.engine.batch import Request
 from zo_gguf.engine.engine import Engine
-from zo_gguf.engine.feedback import FeedbackPass
+from zo_gguf.engine.feedback import FeedbackPass, reach
+from zo_gguf.errors import ZoError
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 
 def examples() -> list[Example]:
@@ -83,14 +86,11 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_matches_autograd(kind: str) -> None:
     architecture, pair, rows = ARCHITECTURES[kind], converted(kind), examples()
     with Engine(pair.gguf, n_threads=1) as engine:
-        survey = FeedbackPass(engine, {})
-        shapes, norms = survey.native.matrices(), survey.native.norms()
-        survey.close()
-        eyes = {name: np.eye(n_cols, dtype=np.float32) for name, (_, n_cols) in shapes.items()}
-        tracked = FeedbackPass(engine, eyes, list(norms), tail=0.0)
-        found = tracked.gradients(rows)
+        found_reach = reach(engine)
+        tracked = dict.fromkeys(found_reach.matrices), list(found_reach.norms)
+        with FeedbackPass(engine, *tracked, tail=0.0) as feedback:
+            found = feedback.gradients(rows)
         plain = engine.losses(rows)[0]
-        tracked.close()
     np.testing.assert_allclose(found.losses, plain, atol=1e-6)
     detach(pair.model, architecture)
     pair.model.zero_grad()
@@ -99,12 +99,59 @@ def test_matches_autograd(kind: str) -> None:
     assert np.mean(found.losses) == pytest.approx(loss.item(), abs=2e-3)
     wanted = references(pair.model, architecture)
     parts = {name for name in wanted if name.split(".")[-2] not in architecture.norms}
-    assert set(shapes) == parts
-    assert set(norms) >= set(wanted) - parts
-    for name in shapes:
-        assert cosine(found.factors[name].T, wanted[name]) > 0.999, name
-        ratio = np.linalg.norm(found.factors[name]) / np.linalg.norm(wanted[name])
-        assert ratio == pytest.approx(1, abs=0.01), name
+    assert set(found.matrices) == parts
+    assert set(found.gains) >= set(wanted) - parts
+    for name, gradient in found.matrices.items():
+        assert_same(gradient, wanted[name], name)
     for name in set(wanted) - parts:
-        weights = engine.gguf.dequantize(name)
-        assert cosine(found.gains[name], wanted[name] * weights) > 0.999, name
+        assert_same(found.gains[name], wanted[name] * engine.gguf.dequantize(name), name)
+
+
+def assert_same(found: F32, wanted: F32, name: str) -> None:
+    assert cosine(found, wanted) > 0.999, name
+    ratio = np.linalg.norm(found) / np.linalg.norm(wanted)
+    assert ratio == pytest.approx(1, abs=0.01), name
+
+
+@pytest.fixture
+def llama() -> Iterator[Engine]:
+    with Engine(converted("llama").gguf, n_threads=2) as engine:
+        yield engine
+
+
+def test_factors_and_portions(llama: Engine) -> None:
+    """Rows in portions, and rows cut themselves, give the same; factors are whole gradients'."""
+    rows, name = examples(), "blk.1.ffn_up.weight"
+    right = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    with FeedbackPass(llama, {name: None}) as feedback:
+        whole = feedback.gradients(rows)
+        token_bytes = feedback.token_bytes
+    for n_counted in (1, 2, 7):
+        most_bytes = n_counted * token_bytes
+        with FeedbackPass(llama, {name: right}, most_bytes=most_bytes) as feedback:
+            found = feedback.gradients(rows)
+        assert (found.n_tokens > whole.n_tokens) == (n_counted < 4)  # of a row
+        np.testing.assert_allclose(found.losses, whole.losses, rtol=1e-3)
+        assert cosine(found.factors[name], right @ whole.matrices[name].T) > 0.9999
+
+
+def test_slopes_are_the_callers(llama: Engine) -> None:
+    """Any weighted sum of log-likelihoods: here that of two rows' targets, one of them upwards."""
+    rows, name = examples()[:2], "blk.2.attn_output.weight"
+    with FeedbackPass(llama, {name: None}) as feedback:
+        alone = [feedback.gradients([row]).matrices[name] for row in rows]
+        signs = np.array([1.0, -3.0])
+
+        def slopes(request: Request, nll: F64) -> F64:
+            assert nll.shape == (8,)
+            return np.repeat(signs / 4, 4)
+
+        found = feedback.gradients(rows, slopes).matrices[name]
+    wanted = (signs[0] * alone[0] + signs[1] * alone[1]) / 2
+    np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_refuses_what_gradients_do_not_reach(llama: Engine) -> None:
+    with pytest.raises(ZoError, match=r"No gradient reaches blk\.0\.attn_q\.weight past attention"):
+        FeedbackPass(llama, {"blk.0.attn_q.weight": None})
+    assert llama.losses(examples()).shape == (1, 5)  # nothing is left on the hook

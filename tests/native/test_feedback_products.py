@@ -1,5 +1,6 @@
 """The reverse pass through products: quantized weights, overlays, experts, what is tracked."""
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -221,6 +222,23 @@ def test_tail_is_a_bound() -> None:
     assert left_out[0] < left_out[1] < left_out[2]
 
 
+def test_wrong_lengths() -> None:
+    feedback = Chain(right={"w.weight": random(2, WIDTH)}).run()
+    call, values = native_library().call, (ctypes.c_float * 9000)()
+    head = WIDTH * N_COUNTED
+    for name, *arguments in (
+        ("track", b"new", 4, 5, 2, 9, values),
+        ("track", b"new", 4, 5, 0, 1, None),
+        ("run", WEIGHTS.size - 1, values),
+        ("gradient", W_NUMBER, 2 * N_ROWS - 1, values),
+        ("pairs", A_NUMBER, N_IN * N_COUNTED + 1, values, head, values),
+        ("pairs", A_NUMBER, N_IN * N_COUNTED, values, head + 1, values),
+    ):
+        with pytest.raises(ZoError, match=rf"zo_feedback_{name} got an array of \d+ values"):
+            call(f"zo_feedback_{name}", feedback.handle, *arguments)
+    feedback.free()
+
+
 def test_refusals() -> None:
     feedback = Feedback(native_library(), 1)
     with pytest.raises(ZoError, match="no gathered decode"):
@@ -228,7 +246,7 @@ def test_refusals() -> None:
     feedback.track("a", (2, 3))
     with pytest.raises(ZoError, match="a is tracked already"):
         feedback.track_gain("a", 3)
-    with pytest.raises(ZoError, match="output or token that does not exist"):
+    with pytest.raises(ZoError, match="an output is a token that does not exist"):
         feedback.begin(np.array([0], np.int32), np.array([0], np.int32), 1, np.array([1], np.int32))
     feedback.begin(np.array([0], np.int32), np.array([0], np.int32), 1, np.array([0], np.int32))
     with pytest.raises(ZoError, match="no decode went through"):

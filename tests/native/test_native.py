@@ -236,11 +236,6 @@ def test_prototypes_match_the_header() -> None:
     assert declared == found
 
 
-HANDLES = (
-    "zo_store", "zo_inplace", "zo_lowrank", "zo_gain", "zo_tensors", "zo_feedback", "zo_hook",
-)  # fmt: skip
-
-
 def c_name(declaration: str) -> str:
     """What ctypes calls a C type, with pointers to handles and structs as it has them here."""
     words = declaration.replace("const", "").replace("struct", "").split()

@@ -5,13 +5,13 @@ the residual stream, so it can be sent down the stream token by token: exactly t
 feed-forward parts, past attention as if that were constant. The idea of feedback on a fixed path
 instead of exact backpropagation is direct feedback alignment's (arXiv 1609.01596); here the path is
 the model's own residual stream. A matrix W gets the gradient of `left` in W + left.T @ right with
-`right` fixed, as in LoRA-FA (arXiv 2308.03303).
+`right` fixed, as in LoRA-FA (arXiv 2308.03303), or its whole gradient.
 
 Only positions that count in the loss are looked at, and nothing is kept of the others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,36 +33,59 @@ from zo_gguf.libzo import AT_THETA, Feedback
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Slopes = Callable[[Request, F64], F64]
 TAIL = 2.0**-10  # relative error of the gradient at the logits
 MOST_BYTES = 300 << 20  # gathered at a time
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What gradients reach in a model.
+
+    Attributes:
+        matrices: Name -> (n_rows, n_cols), the head first, then the last layer.
+        norms: Name -> length, in the same order.
+        stops: Where gradients do not go on, in words.
+    """
+
+    matrices: dict[str, tuple[int, int]]
+    norms: dict[str, int]
+    stops: list[str]
+
+
+@dataclass
 class Gradients:
-    """What a pass over examples gives.
+    """What passes over examples give: losses, and gradients of their mean.
 
     Attributes:
         losses: float64 (n_examples,).
         n_tokens: Tokens that went through the model.
-        factors: For each tracked matrix the gradient of `left`, (rank, n_rows).
-        gains: For each tracked norm the gradient of its gains, (n,).
+        factors: Tracked matrix with a `right` -> gradient of `left`, (rank, n_rows).
+        matrices: Tracked matrix without one -> its gradient, (n_rows, n_cols).
+        gains: Tracked norm -> gradient of its gains, (n,).
     """
 
     losses: F64
-    n_tokens: int
-    factors: dict[str, F32]
-    gains: dict[str, F32]
+    n_tokens: int = 0
+    factors: dict[str, F32] = field(default_factory=dict)
+    matrices: dict[str, F32] = field(default_factory=dict)
+    gains: dict[str, F32] = field(default_factory=dict)
 
 
 class FeedbackPass:
-    """Forward passes of an engine that give gradients too.
+    """Forward passes of an engine that give gradients too, at its theta.
+
+    What the engine's parameters add to matrices and norms belongs to them on the way back. One
+    pass at a time can be open on an engine; `close`, or leaving a `with` block, detaches it.
 
     Args:
         engine: A loaded model, whose parameters act through the hook.
-        factors: For each matrix to track its `right`, (rank, n_cols).
-        gains: Norms to track.
+        factors: For each matrix to track its `right`, (rank, n_cols), or None for its whole
+            gradient, which takes memory for as many values as the matrix has.
+        gains: Norms to track: the gradient of g where the norm is multiplied by 1 + g.
         tail: Largest relative error of the gradient at the logits, in sums of magnitudes.
-        most_bytes: Of values gathered at a time; rows go through in portions that fit.
+        most_bytes: Of values gathered at a time; rows go through in portions that fit, and a row
+            that does not fit alone more than once.
 
     Raises:
         ZoError: A matrix or norm is not reached, or the model's graph cannot be followed.
@@ -71,65 +94,84 @@ class FeedbackPass:
     def __init__(
         self,
         engine: Engine,
-        factors: Mapping[str, F32],
+        factors: Mapping[str, F32 | None],
         gains: Sequence[str] = (),
         *,
         tail: float = TAIL,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self._engine, self._hook, self._most_bytes = engine, engine.hook, most_bytes
-        self._factors, self._gains = list(factors), list(gains)
-        self.native = Feedback(native_library(), engine.n_threads, tail)
+        self._matrices = {name: right is None for name, right in factors.items()}
+        self._gains = list(gains)
+        self._native = Feedback(native_library(), engine.n_threads, tail)
         for name, info in engine.gguf.tensors.items():
             address = engine.gguf.data.ctypes.data + info.offset
-            self.native.lend(name, int(info.type), address, info.n_bytes)
+            self._native.lend(name, int(info.type), address, info.n_bytes)
         for name, right in factors.items():
             n_rows, n_cols = engine.gguf.info(name).shape
-            self.native.track(name, (n_rows, n_cols), right)
+            self._native.track(name, (n_rows, n_cols), right)
         for name in gains:
-            self.native.track_gain(name, engine.gguf.info(name).n_cols)
-        self._hook.set_feedback(self.native)
+            self._native.track_gain(name, engine.gguf.info(name).n_cols)
+        self._hook.set_feedback(self._native)
         try:
-            self._learn_graph()
+            self.reach = self._learn_graph()
         except BaseException:
             self.close()
             raise
 
-    def _learn_graph(self) -> None:
+    def _learn_graph(self) -> Reach:
         """Decode a few tokens, fewer of them outputs, so that the graph is known."""
         start = max(self._engine.vocabulary.bos_id, 0)
         request = build_request([Example([start] * 4, [False, True, True, False])])
-        self._decode(lay_out(request.sequences, 1, self._engine.is_padded))
-        reached = {**self.native.matrices(), **self.native.norms()}
-        missing = [name for name in (*self._factors, *self._gains) if name not in reached]
+        self._decode(lay_out(request.sequences, 1, self._engine.is_padded), slice(None))
+        native = self._native
+        reach = Reach(native.matrices(), native.norms(), native.stops())
+        missing = [name for name in self._matrices if name not in reach.matrices]
+        missing += [name for name in self._gains if name not in reach.norms]
         if missing:
             raise ZoError(
                 f"No gradient reaches {', '.join(missing)} past attention; leave them out."
             )
+        return reach
 
-    def gradients(self, examples: Sequence[Example]) -> Gradients:
-        """Losses, and gradients of their mean.
+    @property
+    def token_bytes(self) -> int:
+        """Memory for the values gathered at each position that counts, and for gradients."""
+        return self._native.token_bytes
+
+    def gradients(self, examples: Sequence[Example], slopes: Slopes = loss_slopes) -> Gradients:
+        """Losses, and gradients of the mean over the examples.
+
+        Args:
+            examples: Rows.
+            slopes: Says, of some examples, how the sum of what is to be lowered changes with each
+                target's negative log-likelihood; by default, the sum of their losses. Targets of an
+                example come together where a decode holds them all.
 
         Raises:
             ZoError: An example does not fit a decode, or the engine's graph is not supported.
         """
-        self.native.clear()
-        losses, n_tokens = np.empty(len(examples)), 0
+        self._native.clear()
+        found = Gradients(np.empty(len(examples)))
+        for name, is_whole in self._matrices.items():
+            if is_whole:
+                found.matrices[name] = np.zeros(self._engine.gguf.info(name).shape, np.float32)
         for first, request in self._portions(examples):
-            losses_of, n = self._add(request, len(examples))
-            losses[first : first + losses_of.size] = losses_of
-            n_tokens += n
-        factors = {name: self.native.gradient(i) for i, name in enumerate(self._factors)}
-        gains = {name: self.native.gain_gradient(i) for i, name in enumerate(self._gains)}
-        return Gradients(losses, n_tokens, factors, gains)
+            losses = self._add(request, len(examples), slopes, found)
+            found.losses[first : first + losses.size] = losses
+        for number, (name, is_whole) in enumerate(self._matrices.items()):
+            if not is_whole:
+                found.factors[name] = self._native.gradient(number)
+        for number, name in enumerate(self._gains):
+            found.gains[name] = self._native.gain_gradient(number)
+        return found
 
     def _portions(self, examples: Sequence[Example]) -> Iterator[tuple[int, Request]]:
         """Examples whose gathered values fit, and the number of the first."""
-        most = max(1, self._most_bytes // max(1, self.native.token_bytes))
         first = n_outputs = 0
         for number, example in enumerate(examples):
             own = sum(s.n_outputs for s in self._request([example]).sequences)
-            if number > first and n_outputs + own > most:
+            if number > first and n_outputs + own > self._most_counted:
                 yield first, self._request(examples[first:number])
                 first, n_outputs = number, 0
             n_outputs += own
@@ -139,39 +181,74 @@ class FeedbackPass:
     def _request(self, examples: Sequence[Example]) -> Request:
         return build_request(examples, 0 if self._engine.is_padded else self._engine.ctx_tokens)
 
-    def _add(self, request: Request, n_examples: int) -> tuple[F64, int]:
-        """Add the gradients of a portion; its losses, and how many tokens it took."""
+    def _add(self, request: Request, n_examples: int, slopes: Slopes, to: Gradients) -> F64:
+        """Add the gradients of a portion; its losses."""
         groups = list(pack(request.sequences, self._engine.ctx_tokens, request.n_shared))
         batches = [lay_out(group, 1, self._engine.is_padded, request.n_shared) for group in groups]
-        nll, n_tokens = np.full(request.n_targets, np.nan), 0
+        nll = np.full(request.n_targets, np.nan)
         if _are_split(request, batches):  # the slopes of a loss need all that it depends on
             for batch in batches:
                 nll[batch.slots] = self._engine.decode(batch, [AT_THETA])
-                n_tokens += batch.tokens.size
-        for batch in batches:
-            nll[batch.slots] = self._decode(batch)
-            n_tokens += batch.tokens.size
-            slopes = loss_slopes(request, nll) / n_examples
-            self.native.run(slopes[batch.slots].astype(np.float32))
-        losses, _, _ = reduce_losses(request, nll[None])
-        return losses[0], n_tokens
+                to.n_tokens += batch.tokens.size
+        for batch, part in self._parts(batches):
+            nll[batch.slots] = self._decode(batch, part)
+            to.n_tokens += batch.tokens.size
+            weights = slopes(request, nll)[batch.slots[part]] / n_examples
+            self._native.run(weights.astype(np.float32))
+            self._add_pairs(np.unique(batch.target_output[part]).size, to)
+        losses: F64 = reduce_losses(request, nll[None])[0][0]
+        return losses
 
-    def _decode(self, batch: DecodeBatch) -> F64:
-        """Decode until the values are gathered: another graph than before is only looked at."""
+    def _parts(self, batches: Sequence[DecodeBatch]) -> Iterator[tuple[DecodeBatch, slice]]:
+        """Decodes, one for every so many positions that count, and which targets those have."""
+        for batch in batches:
+            _, first = np.unique(batch.target_output, return_index=True)
+            starts = first[:: self._most_counted]
+            for start, end in zip(starts, [*starts[1:], batch.target_output.size], strict=True):
+                yield batch, slice(start, end)
+
+    @property
+    def _most_counted(self) -> int:
+        """Positions whose values fit."""
+        return max(1, self._most_bytes // max(1, self.token_bytes))
+
+    def _add_pairs(self, n_counted: int, to: Gradients) -> None:
+        for number, (name, is_whole) in enumerate(self._matrices.items()):
+            if is_whole:
+                x, dy = self._native.pairs(number, n_counted)
+                to.matrices[name] += dy.T @ x
+
+    def _decode(self, batch: DecodeBatch, part: slice) -> F64:
+        """Decode until the values for some targets are gathered: a new graph is only looked at."""
         output_token = np.flatnonzero(batch.is_output).astype(np.int32)
         for _ in range(3):
-            self.native.begin(
-                batch.target_output, batch.target_token, batch.tokens.size, output_token
-            )
+            targets = batch.target_output[part], batch.target_token[part]
+            self._native.begin(*targets, batch.tokens.size, output_token)
             nll = self._engine.decode(batch, [AT_THETA])
-            if self.native.end():
+            if self._native.end():
                 return nll
         raise ZoError("llama.cpp's graph is another one in every decode; it cannot be followed.")
 
     def close(self) -> None:
-        """Release the native object."""
+        """Detach from the engine, and release the native object."""
         self._hook.set_feedback(None)
-        self.native.free()
+        self._native.free()
+
+    def __enter__(self) -> "FeedbackPass":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def reach(engine: Engine) -> Reach:
+    """What gradients reach in an engine's model, from one decode of a few tokens.
+
+    Raises:
+        ZoError: The parameters act through an adapter, or the model's graph cannot be followed.
+    """
+    with FeedbackPass(engine, {}) as feedback:
+        return feedback.reach
 
 
 def _are_split(request: Request, batches: Sequence[DecodeBatch]) -> bool:

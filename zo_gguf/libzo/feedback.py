@@ -36,9 +36,9 @@ class Feedback(NativeHandle):
     def track(self, name: str, shape: tuple[int, int], right: Vector | None = None) -> None:
         """Want the gradient of left in W + left.T @ right, W of `shape` and `right` (rank, n_cols);
         without `right`, the pairs of inputs and gradients of the last pass."""
-        rank = 0 if right is None else right.shape[0]
+        rank, n_right = (0, 0) if right is None else (right.shape[0], right.size)
         values = None if right is None else floats(right)
-        self._call("track", self.handle, name.encode(), *shape, rank, values)
+        self._call("track", self.handle, name.encode(), *shape, rank, n_right, values)
         self._shapes.append((*shape, rank))
 
     def track_gain(self, name: str, n: int) -> None:
@@ -54,7 +54,8 @@ class Feedback(NativeHandle):
         zeros = np.zeros(n_tokens, np.int32)
         outputs = zeros[: output_token.size]
         batch = Batch.of([AT_THETA], zeros, outputs, target_output, target_token)
-        self._call("begin", self.handle, ctypes.byref(batch), pointer(output_token, c_int32))
+        sized = output_token.size, pointer(output_token, c_int32)
+        self._call("begin", self.handle, ctypes.byref(batch), *sized)
 
     def end(self) -> bool:
         """Whether the decode was gathered; if not, its graph is known now: decode again.
@@ -82,9 +83,8 @@ class Feedback(NativeHandle):
         n_rows, n_cols, _ = self._shapes[number]
         x = np.empty((n_counted, n_cols), np.float32)
         dy = np.empty((n_counted, n_rows), np.float32)
-        self._call(
-            "pairs", self.handle, number, n_counted, pointer(x, c_float), pointer(dy, c_float)
-        )
+        sized = x.size, pointer(x, c_float), dy.size, pointer(dy, c_float)
+        self._call("pairs", self.handle, number, *sized)
         return x, dy
 
     def gain_gradient(self, number: int) -> Vector:
