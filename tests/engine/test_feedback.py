@@ -13,7 +13,7 @@ from tests.helpers.reference import torch_loss
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import Request
 from zo_gguf.engine.engine import Engine
-from zo_gguf.engine.feedback import FeedbackPass, reach
+from zo_gguf.engine.feedback import FeedbackPass, counted_inputs, reach
 from zo_gguf.errors import ZoError
 
 F32 = NDArray[np.float32]
@@ -149,6 +149,28 @@ def test_slopes_are_the_callers(llama: Engine) -> None:
         found = feedback.gradients(rows, slopes).matrices[name]
     wanted = (signs[0] * alone[0] + signs[1] * alone[1]) / 2
     np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_inputs_at_counted_positions(llama: Engine) -> None:
+    """Those that whole gradients are made of; matrices that read the same share them."""
+    rows = examples()
+    gate, up, down, head = (
+        "blk.1.ffn_gate.weight",
+        "blk.1.ffn_up.weight",
+        "blk.1.ffn_down.weight",
+        "output.weight",
+    )
+    portions = list(counted_inputs(llama, (gate, down, up, head), rows, most_bytes=8 << 10))
+    assert len(portions) > 1
+    assert all(found[gate] is found[up] for found in portions)
+    inputs = {name: np.concatenate([found[name] for found in portions]) for name in portions[0]}
+    assert all(len(found) == len(inputs[head]) < 30 for found in inputs.values())
+    with FeedbackPass(llama, {gate: None, down: None}) as feedback:
+        found = feedback.gradients(rows).matrices
+    for name in (gate, down):  # the gradient's rows are sums of inputs
+        _, _, basis = np.linalg.svd(inputs[name], full_matrices=False)
+        rest = found[name] - found[name] @ basis.T @ basis
+        assert np.linalg.norm(rest) < 1e-2 * np.linalg.norm(found[name])
 
 
 def test_refuses_what_gradients_do_not_reach(llama: Engine) -> None:

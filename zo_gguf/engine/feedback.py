@@ -29,7 +29,7 @@ from zo_gguf.engine.batch import (
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import native_library
 from zo_gguf.errors import ZoError
-from zo_gguf.libzo import AT_THETA, Feedback
+from zo_gguf.libzo import AT_THETA, Feedback, Recorder
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -122,8 +122,8 @@ class FeedbackPass:
     def _learn_graph(self) -> Reach:
         """Decode a few tokens, fewer of them outputs, so that the graph is known."""
         start = max(self._engine.vocabulary.bos_id, 0)
-        request = build_request([Example([start] * 4, [False, True, True, False])])
-        self._decode(lay_out(request.sequences, 1, self._engine.is_padded), slice(None))
+        request = _request(self._engine, [Example([start] * 4, [False, True, True, False])])
+        self._decode(_batches(self._engine, request)[0], slice(None))
         native = self._native
         reach = Reach(native.matrices(), native.norms(), native.stops())
         missing = [name for name in self._matrices if name not in reach.matrices]
@@ -156,7 +156,7 @@ class FeedbackPass:
         for name, is_whole in self._matrices.items():
             if is_whole:
                 found.matrices[name] = np.zeros(self._engine.gguf.info(name).shape, np.float32)
-        for first, request in self._portions(examples):
+        for first, request in _portions(self._engine, examples, self._most_counted):
             losses = self._add(request, len(examples), slopes, found)
             found.losses[first : first + losses.size] = losses
         for number, (name, is_whole) in enumerate(self._matrices.items()):
@@ -166,25 +166,9 @@ class FeedbackPass:
             found.gains[name] = self._native.gain_gradient(number)
         return found
 
-    def _portions(self, examples: Sequence[Example]) -> Iterator[tuple[int, Request]]:
-        """Examples whose gathered values fit, and the number of the first."""
-        first = n_outputs = 0
-        for number, example in enumerate(examples):
-            own = sum(s.n_outputs for s in self._request([example]).sequences)
-            if number > first and n_outputs + own > self._most_counted:
-                yield first, self._request(examples[first:number])
-                first, n_outputs = number, 0
-            n_outputs += own
-        if examples:
-            yield first, self._request(examples[first:])
-
-    def _request(self, examples: Sequence[Example]) -> Request:
-        return build_request(examples, 0 if self._engine.is_padded else self._engine.ctx_tokens)
-
     def _add(self, request: Request, n_examples: int, slopes: Slopes, to: Gradients) -> F64:
         """Add the gradients of a portion; its losses."""
-        groups = list(pack(request.sequences, self._engine.ctx_tokens, request.n_shared))
-        batches = [lay_out(group, 1, self._engine.is_padded, request.n_shared) for group in groups]
+        batches = _batches(self._engine, request)
         nll = np.full(request.n_targets, np.nan)
         if _are_split(request, batches):  # the slopes of a loss need all that it depends on
             for batch in batches:
@@ -249,6 +233,78 @@ def reach(engine: Engine) -> Reach:
     """
     with FeedbackPass(engine, {}) as feedback:
         return feedback.reach
+
+
+def counted_inputs(
+    engine: Engine,
+    names: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    most_bytes: int = MOST_BYTES,
+) -> Iterator[dict[str, F32]]:
+    """What matrices are multiplied by at the positions that count, at the engine's theta.
+
+    Args:
+        engine: A loaded model, whose parameters act through the hook.
+        names: The matrices.
+        examples: Rows.
+        most_bytes: Of values recorded at a time, rows longer than that aside.
+
+    Yields:
+        For every decode, matrix -> inputs (n_counted, n_cols); one and the same array for matrices
+        that read the same.
+
+    Raises:
+        ZoError: A matrix is not used in a plain product, or an example does not fit a decode.
+    """
+    widths = {name: engine.gguf.info(name).n_cols for name in names}
+    most = max(1, most_bytes // (sum(widths.values()) * np.float32().itemsize))
+    recorder = Recorder(native_library())
+    for name, width in widths.items():
+        recorder.add(name, width)
+    engine.hook.set_recorder(recorder)
+    try:
+        for _, request in _portions(engine, examples, most):
+            for batch in _batches(engine, request):
+                outputs = np.flatnonzero(batch.is_output).astype(np.int32)
+                recorder.begin(batch.tokens.size, outputs, outputs)
+                engine.decode(batch, [AT_THETA])
+                same: dict[int, F32] = {}
+                for number in range(len(widths)):
+                    key = recorder.input_of(number)
+                    if key not in same:
+                        same[key] = recorder.read(number)[1]
+                yield {name: same[recorder.input_of(k)] for k, name in enumerate(widths)}
+    finally:
+        engine.hook.set_recorder(None)
+        recorder.free()
+
+
+# ---- decodes -------------------------------------------------------------------------------------
+
+
+def _request(engine: Engine, examples: Sequence[Example]) -> Request:
+    return build_request(examples, 0 if engine.is_padded else engine.ctx_tokens)
+
+
+def _portions(
+    engine: Engine, examples: Sequence[Example], most: int
+) -> Iterator[tuple[int, Request]]:
+    """Examples with at most so many positions that count, or one; and the number of the first."""
+    first = n_outputs = 0
+    for number, example in enumerate(examples):
+        own = sum(s.n_outputs for s in _request(engine, [example]).sequences)
+        if number > first and n_outputs + own > most:
+            yield first, _request(engine, examples[first:number])
+            first, n_outputs = number, 0
+        n_outputs += own
+    if examples:
+        yield first, _request(engine, examples[first:])
+
+
+def _batches(engine: Engine, request: Request) -> list[DecodeBatch]:
+    groups = pack(request.sequences, engine.ctx_tokens, request.n_shared)
+    return [lay_out(group, 1, engine.is_padded, request.n_shared) for group in groups]
 
 
 def _are_split(request: Request, batches: Sequence[DecodeBatch]) -> bool:
