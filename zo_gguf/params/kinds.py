@@ -73,12 +73,14 @@ class LowRank:
     """A product added to a weight of shape (n_rows, n_cols).
 
     With `kind` "lora" the masters are A (rank, n_cols) and then B transposed (rank, n_rows), and
-    the product is scale * B @ A. With "subspace" they are one Z (rank, rank) per window, and the
+    the product is scale * B @ A. With "lora-fa" they are B transposed alone, and A is fixed
+    (LoRA-FA, arXiv 2308.03303). With "subspace" they are one Z (rank, rank) per window, and the
     product is scale * the sum of left.T @ Z @ right over the windows (SubZero, arXiv 2410.08989).
 
     Attributes:
-        left, right: float32 (n_windows, rank, n_rows) and (n_windows, rank, n_cols); empty for
-            "lora".
+        left: float32 (n_windows, rank, n_rows) for "subspace"; else empty.
+        right: float32 (n_windows, rank, n_cols) for "subspace", A as (1, rank, n_cols) for
+            "lora-fa", empty for "lora".
         refresh: Steps until the next window is trained; 0 means never.
     """
 
@@ -94,14 +96,14 @@ class LowRank:
     @property
     def size(self) -> int:
         """Number of masters."""
-        if self.kind == "lora":
-            return self.rank * (self.n_rows + self.n_cols)
-        return self.n_windows * self.rank**2
+        if self.kind == "subspace":
+            return self.n_windows * self.rank**2
+        return self.rank * (self.n_rows + (self.n_cols if self.kind == "lora" else 0))
 
     @property
     def n_windows(self) -> int:
         """Number of subspaces, one after another in the run."""
-        return 1 if self.kind == "lora" else int(self.left.shape[0])
+        return int(self.left.shape[0]) if self.kind == "subspace" else 1
 
     def window(self, step: int) -> int:
         """The subspace that the step after `step` steps trains."""
@@ -109,7 +111,7 @@ class LowRank:
 
     def trained(self, step: int) -> slice:
         """The masters that the step after `step` steps perturbs."""
-        if self.kind == "lora":
+        if self.kind != "subspace":
             return slice(0, self.size)
         square = self.rank**2
         return slice(self.window(step) * square, (self.window(step) + 1) * square)
@@ -128,6 +130,8 @@ class LowRank:
         if self.kind == "lora":
             a, b = np.split(masters, [self.rank * self.n_cols])
             return scale * b.reshape(self.rank, self.n_rows), a.reshape(self.rank, self.n_cols)
+        if self.kind == "lora-fa":
+            return scale * masters.reshape(self.rank, self.n_rows), self.right[0]
         n = self.n_windows if step is None else self.window(step) + 1
         z = masters.reshape(-1, self.rank, self.rank)[:n]
         left = scale * np.matmul(z.transpose(0, 2, 1), self.left[:n])
@@ -179,14 +183,15 @@ def parse(rows: Any, arrays: dict[str, NDArray[Any]], what: str) -> tuple[Edits,
             elif form == kind == "gain":
                 (n_values,) = numbers
                 edits[name] = Gain(_count(n_values))
-            elif form == "low-rank" and kind in ("lora", "subspace"):
+            elif form == "low-rank" and kind in ("lora", "lora-fa", "subspace"):
                 *sizes, scale, refresh = numbers
                 n_rows, n_cols, rank, n_windows = map(_count, sizes)
                 if type(refresh) is not int or refresh < 0:
                     raise ValueError(f"the refresh {refresh!r}")
-                windows = n_windows if kind == "subspace" else 0
-                left = _array(arrays, f"{name}.left", (windows, rank, n_rows))
-                right = _array(arrays, f"{name}.right", (windows, rank, n_cols))
+                lefts = n_windows if kind == "subspace" else 0
+                rights = 0 if kind == "lora" else n_windows
+                left = _array(arrays, f"{name}.left", (lefts, rank, n_rows))
+                right = _array(arrays, f"{name}.right", (rights, rank, n_cols))
                 scale = _number(scale)
                 low_rank[name] = LowRank(kind, n_rows, n_cols, rank, scale, refresh, left, right)
             else:
@@ -200,8 +205,8 @@ def fixed_arrays(low_rank: Products) -> dict[str, NDArray[Any]]:
     """The arrays that are not trained, by their names in a file."""
     arrays: dict[str, NDArray[Any]] = {}
     for name, edit in low_rank.items():
-        if edit.kind == "subspace":
-            arrays |= {f"{name}.left": edit.left, f"{name}.right": edit.right}
+        fixed = {f"{name}.left": edit.left, f"{name}.right": edit.right}
+        arrays |= {key: array for key, array in fixed.items() if array.size}
     return arrays
 
 
