@@ -16,19 +16,20 @@ from pathlib import Path
 
 from tools.make_task import Draw
 
-THINGS = (
+
+def _split(text: str) -> list[str]:
+    return text.split(", ")
+
+
+THINGS = _split(
     "apples, candles, notebooks, pencils, lemons, towels, buckets, ropes, mugs, batteries, "
     "sponges, tulips, napkins, screws, cushions, blankets, jars of honey, bags of rice, tins of "
     "paint, loaves of bread, boxes of tea, bottles of milk, bars of soap, packs of nails"
-).split(", ")
-NUMBERS = ("two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, twenty").split(
-    ", "
 )
+NUMBERS = _split("two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, twenty")
 VALUES = dict(zip(NUMBERS, (*range(2, 13), 20), strict=True))
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
-NAMES = ("Ada, Bruno, Carla, Deniz, Emil, Fatima, Goran, Hanna, Iris, Jonas, Karim, Lena").split(
-    ", "
-)
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+NAMES = _split("Ada, Bruno, Carla, Deniz, Emil, Fatima, Goran, Hanna, Iris, Jonas, Karim, Lena")
 OPENINGS = (
     "Hi, this is {name}. I would like {items}",
     "{name} here, please put down {items}",
