@@ -87,15 +87,16 @@ class TuneConfig(RowsConfig):
     )
     output: str = option("-o", help="run folder to write", metavar="RUN")
     method: str = option(
-        help="what is trained: norm, sensitive, magnitude, block-scale, subspace, lora, dense, or "
-        "two of them joined by + (default: norm; with --mask: sensitive)",
+        help="what is trained: lora-fa, norm, sensitive, magnitude, block-scale, subspace, lora, "
+        "dense, or two of them joined by + (default: lora-fa; with --mask: sensitive)",
         default="",
         metavar="NAME",
     )
     estimator: str = option(
-        help="how losses become a gradient estimate: natural (4 rows, 16 directions a step), spsa "
-        "(16 rows, 1 direction) or fzoo (16 rows, 8 directions)",
-        default="natural",
+        help="where gradients come from: feedback (the residual stream, past attention), or random "
+        "directions: natural (4 rows, 16 directions a step), spsa (16 rows, 1 direction), fzoo "
+        "(16 rows, 8 directions) (default: feedback for lora-fa, else natural)",
+        default="",
         metavar="NAME",
     )
     optimizer: str = option(
@@ -103,7 +104,12 @@ class TuneConfig(RowsConfig):
         default="adam",
         metavar="NAME",
     )
-    iters: int = option(help="steps", default=500, low=1, below=10**9)
+    iters: int = option(
+        help="steps; 0: as many as the estimator takes as a rule (feedback 60, the others 500)",
+        default=0,
+        low=0,
+        below=10**9,
+    )
     examples_per_step: int | None = option(
         help="rows per step (default: the estimator's)", default=None, low=1, below=_MANY
     )
@@ -177,7 +183,14 @@ class TuneConfig(RowsConfig):
     train: str | None = option(
         help="tensors that are trained, by methods without a mask", default=None, metavar="REGEX"
     )
-    rank: int = option(help="rank of subspace and lora", default=8, low=1)
+    rank: int | None = option(
+        help="rank of lora-fa, lora and subspace (default: 32, 8 and 8)", default=None, low=1
+    )
+    top: int | None = option(
+        help="lora-fa: layers that are trained, counted from the head (default: the upper half)",
+        default=None,
+        low=1,
+    )
     refresh: int = option(help="steps between new bases of subspace; 0: never", default=0, low=0)
     density: float | None = option(
         help="share of each matrix trained by magnitude (default: 0.25 of a float one, 0.001 of a "
@@ -195,10 +208,13 @@ class TuneConfig(RowsConfig):
     seed: int = option(help="seed of directions and row order", default=0, low=0, below=2**63)
     threads: int | None = threads_option()
     n_gpu_layers: int = option("-ngl", help=GPU, default=0, low=-1)
-    valid_every: int = option(
-        help="steps between validations; 0: only at the start and the end", default=200, low=0
+    valid_every: int | None = option(
+        help="steps between validations; 0: only at the start and the end (default: a third of "
+        "the run)",
+        default=None,
+        low=0,
     )
-    valid_rows: int = option(help="validation rows used; 0 means all", default=500, low=0)
+    valid_rows: int = option(help="validation rows used; 0 means all", default=200, low=0)
     patience: int = option(
         help="stop after this many validations without a better loss; 0: never", default=0, low=0
     )

@@ -114,6 +114,22 @@ class Engine:
             model = self._open(edits, repack=False)
         return model
 
+    def set_delta(self, delta: Delta | Mask | str | os.PathLike[str] | None) -> None:
+        """Have other parameters from now on, at their first theta.
+
+        The model stays loaded, unless weights are to be edited in place.
+
+        Raises:
+            ZoError: The delta was made for another file, or the parameters cannot be applied.
+        """
+        self.delta = open_delta(delta, self.gguf)
+        if self._model is None or (self.delta is not None and self.delta.live):
+            self.close()
+            self._load()
+            return
+        self._passes.free()
+        self._forward = Forward(self._model, self.gguf, self.delta, self._options)
+
     def _open(self, edits: bool, repack: bool) -> Model:
         self._model = model = Model(self.gguf.path, self._options.n_gpu_layers, edits, repack)
         self._forward = Forward(model, self.gguf, self.delta, self._options)

@@ -59,6 +59,7 @@ class Gradients:
 
     Attributes:
         losses: float64 (n_examples,).
+        correct: float64 (n_examples,), 1 or 0; NaN where an example has no choices.
         n_tokens: Tokens that went through the model.
         factors: Tracked matrix with a `right` -> gradient of `left`, (rank, n_rows).
         matrices: Tracked matrix without one -> its gradient, (n_rows, n_cols).
@@ -66,6 +67,7 @@ class Gradients:
     """
 
     losses: F64
+    correct: F64
     n_tokens: int = 0
     factors: dict[str, F32] = field(default_factory=dict)
     matrices: dict[str, F32] = field(default_factory=dict)
@@ -152,13 +154,15 @@ class FeedbackPass:
             ZoError: An example does not fit a decode, or the engine's graph is not supported.
         """
         self._native.clear()
-        found = Gradients(np.empty(len(examples)))
+        found = Gradients(np.empty(len(examples)), np.empty(len(examples)))
         for name, is_whole in self._matrices.items():
             if is_whole:
                 found.matrices[name] = np.zeros(self._engine.gguf.info(name).shape, np.float32)
         for first, request in _portions(self._engine, examples, self._most_counted):
-            losses = self._add(request, len(examples), slopes, found)
-            found.losses[first : first + losses.size] = losses
+            nll = self._add(request, len(examples), slopes, found)
+            losses, correct, _ = reduce_losses(request, nll[np.newaxis])
+            part = slice(first, first + losses.size)
+            found.losses[part], found.correct[part] = losses[0], correct[0]
         for number, (name, is_whole) in enumerate(self._matrices.items()):
             if not is_whole:
                 found.factors[name] = self._native.gradient(number)
@@ -167,7 +171,7 @@ class FeedbackPass:
         return found
 
     def _add(self, request: Request, n_examples: int, slopes: Slopes, to: Gradients) -> F64:
-        """Add the gradients of a portion; its losses."""
+        """Add the gradients of a portion; the negative log-likelihoods of its targets."""
         batches = _batches(self._engine, request)
         nll = np.full(request.n_targets, np.nan)
         if _are_split(request, batches):  # the slopes of a loss need all that it depends on
@@ -180,8 +184,7 @@ class FeedbackPass:
             weights = slopes(request, nll)[batch.slots[part]] / n_examples
             self._native.run(weights.astype(np.float32))
             self._add_pairs(np.unique(batch.target_output[part]).size, to)
-        losses: F64 = reduce_losses(request, nll[None])[0][0]
-        return losses
+        return nll
 
     def _parts(self, batches: Sequence[DecodeBatch]) -> Iterator[tuple[DecodeBatch, slice]]:
         """Decodes, one for every so many positions that count, and which targets those have."""

@@ -23,6 +23,7 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import Probe
 from zo_gguf.tuning.estimators import estimate, estimator_of
+from zo_gguf.tuning.line_search import TRIES, search_rate
 from zo_gguf.tuning.optimizer import default_learning_rate
 from zo_gguf.tuning.trainable import Trainable
 
@@ -60,7 +61,14 @@ def resolve(
     Raises:
         ZoError: The loss does not react to perturbations, or is not finite.
     """
-    estimator, said = estimator_of(config), []
+    estimator, said = estimator_of(config), list[str]()
+    if not estimator.probes:
+        if config.learning_rate is None:
+            found = search_rate(config, trainable, engine, draw)
+            config = replace(config, learning_rate=found.rate)
+            said.append(found.render())
+        said.append(f"learning rate {config.learning_rate:g}")
+        return replace(config, threads=engine.n_threads, path=engine.path), said
     n_rows = estimator.examples_per_step
     rows = [row for step in range(_measured_steps(n_rows)) for row in draw(step)]
     reach = None  # how far the loss is linear
@@ -106,6 +114,8 @@ def measures_units(config: TuneConfig, trainable: Trainable) -> bool:
 
 def max_forwards(config: TuneConfig, trainable: Trainable) -> int:
     """How often, at most as a rule, `resolve` sends the rows of a step through the model."""
+    if not estimator_of(config).probes:
+        return 0 if config.learning_rate else TRIES
     n_searches = int(config.eps == "auto" or config.learning_rate is None)
     if measures_units(config, trainable):
         n_searches = len(trainable.kinds)

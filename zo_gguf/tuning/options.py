@@ -7,6 +7,7 @@ only be measured is left to `calibrate`.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from typing import Any
 
 from zo_gguf.config import MASK_SUFFIX, TuneConfig
 from zo_gguf.config.option import refuse_unread
@@ -22,11 +23,14 @@ def settle(config: TuneConfig) -> TuneConfig:
         ZoError: There is no such method, estimator or optimizer, an option was given that none of
             those chosen reads, or they cannot work with what was given.
     """
-    method = config.method or ("sensitive" if config.mask else "norm")
+    method = config.method or ("sensitive" if config.mask else "lora-fa")
     check_method(method)
     check_optimizer(config.optimizer)
-    estimator = estimator_of(config)
     chosen = method.split("+")
+    if not config.estimator:
+        name = "feedback" if chosen == ["lora-fa"] else "natural"
+        config = dataclasses.replace(config, estimator=name)
+    estimator = estimator_of(config)
     of_methods = _readers({name: METHODS[name].reads for name in METHODS})
     of_estimators = _readers(
         {name: [item.name for item in fields(kind)] for name, kind in ESTIMATORS.items()}
@@ -36,7 +40,12 @@ def settle(config: TuneConfig) -> TuneConfig:
     mask = config.mask
     if not mask and set(chosen) & set(of_methods["mask"]):
         mask = config.model.removesuffix(".gguf") + MASK_SUFFIX
-    return dataclasses.replace(config, method=method, mask=mask, **asdict(estimator))
+    ranks = [config.rank or METHODS[name].rank for name in chosen if name in of_methods["rank"]]
+    every = -(-estimator.iters // 3) if config.valid_every is None else config.valid_every
+    settled: dict[str, Any] = {"method": method, "mask": mask, "rank": max(ranks, default=None)}
+    if config.targets == "auto" and not estimator.probes:  # soft ones make up for noisy directions
+        settled["targets"] = "answers"
+    return dataclasses.replace(config, **settled, valid_every=every, **asdict(estimator))
 
 
 def _readers(reads: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:

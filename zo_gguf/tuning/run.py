@@ -4,6 +4,7 @@
     RUN/trajectory.bin       the truth: one record per step, written before theta moves
     RUN/metrics.jsonl        losses and accuracies for people and plots
     RUN/targets.safetensors  what rows with choices aim at, where that is not their answers
+    RUN/start.safetensors    the first theta, where the method chose by looking at rows
     RUN/checkpoints/         state.safetensors, latest.safetensors, best.safetensors
     RUN/delta.safetensors, loss.png, summary.json    written at the end, as is
     RUN/env.json             versions, and hashes of base, mask and data
@@ -26,6 +27,7 @@ from safetensors.numpy import save as serialize
 
 from zo_gguf.config import TuneConfig, load_config, save_config
 from zo_gguf.errors import ZoError
+from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import fixed_arrays
 from zo_gguf.params.sparse_file import digest
 from zo_gguf.system import atomic_write, require_file
@@ -35,6 +37,7 @@ from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Record, Trajectory, older_version
 
 TARGETS_FILE = "targets.safetensors"
+START_FILE = "start.safetensors"
 _STEP_KEY = "step"
 _NOTE_KEY = "zo_gguf"
 
@@ -156,6 +159,19 @@ class Run:
         """RUN/trajectory.bin."""
         return self.path / "trajectory.bin"
 
+    def first_delta(self) -> Delta | None:
+        """What the method chose by looking at rows, at its first theta; None if it did not.
+
+        Raises:
+            ZoError: The file is damaged.
+        """
+        path = self.path / START_FILE
+        return Delta.load(path) if path.is_file() else None
+
+    def keep_first(self, delta: Delta) -> None:
+        """Write what `first_delta` reads."""
+        delta.save(self.path / START_FILE)
+
     def checkpoint(self, name: str) -> Path:
         """RUN/checkpoints/NAME.safetensors."""
         return self.path / "checkpoints" / f"{name}.safetensors"
@@ -247,6 +263,7 @@ OWN_FILES = (
     "trajectory.bin",
     "metrics.jsonl",
     TARGETS_FILE,
+    START_FILE,
     "delta.safetensors",
     "loss.png",
     "summary.json",

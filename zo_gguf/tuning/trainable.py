@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo_gguf.config import TuneConfig
+from zo_gguf.data.dataset import Draw
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import default_threads, native_library
 from zo_gguf.engine.parameters import Parameters
@@ -16,7 +17,7 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.sparse_file import digest
 from zo_gguf.tuning.estimators import estimator_of
-from zo_gguf.tuning.methods import start
+from zo_gguf.tuning.methods import look, looks_at_rows, start
 
 Vector = NDArray[np.float32]
 
@@ -24,21 +25,44 @@ Vector = NDArray[np.float32]
 class Trainable:
     """The parameters of a run.
 
-    Making one reads and checks the files that define them, but loads no model.
+    Making one reads and checks the files that define them, but loads no model. Methods that choose
+    by looking at rows have no parameters before `look`, unless a first `delta` is given.
+
+    Args:
+        config: The run's options, settled.
+        first: What an earlier `look` chose, at its first theta.
 
     Attributes:
-        delta: What is trained. Its theta is the run's only one: steps change it in place, and the
-            engine, checkpoints and the optimizer's state share it.
         theta0_sha256: Hash of the first theta.
 
     Raises:
         ZoError: A file or option cannot be used.
     """
 
-    def __init__(self, config: TuneConfig) -> None:
+    def __init__(self, config: TuneConfig, first: Delta | None = None) -> None:
         self._config = config
         self._gguf = GgufFile(config.model)
-        self.delta = start(config, self._gguf)
+        self._engine: Engine | None = None
+        self._own: Parameters | None = None
+        self._delta: Delta | None = None
+        if not looks_at_rows(config):
+            first = start(config, self._gguf)
+        if first is not None:
+            first.check_base(self._gguf)
+            self._take(first)
+
+    @property
+    def delta(self) -> Delta:
+        """What is trained.
+
+        Its theta is the run's only one: steps change it in place, and the engine, checkpoints and
+        the optimizer's state share it.
+        """
+        assert self._delta is not None  # since `look`
+        return self._delta
+
+    def _take(self, first: Delta) -> None:
+        self._delta = first
         self.theta0_sha256 = digest(self.delta.theta)
         slices = self.delta.edit_slices()
         self._signs = {  # of scales that are trained as they are
@@ -46,8 +70,19 @@ class Trainable:
             for name, edit in self.delta.live.items()
             if edit.kind == "scale" and not edit.relative
         }
-        self._engine: Engine | None = None
-        self._own: Parameters | None = None
+
+    def look(self, engine: Engine, draw: Draw) -> str:
+        """Choose what is trained, where that takes rows and was not done; says what was chosen.
+
+        Raises:
+            ZoError: Nothing can be chosen.
+        """
+        if self._delta is not None:
+            return ""
+        chosen = look(self._config, engine, draw)
+        self._take(chosen.delta)
+        engine.set_delta(self.delta)
+        return chosen.said
 
     @property
     def base_sha256(self) -> str:
@@ -127,7 +162,7 @@ class Trainable:
         width = config.probes_per_decode
         self._engine = Engine(
             self._gguf,
-            delta=self.delta,
+            delta=self._delta,
             n_threads=config.threads,
             ctx_tokens=config.ctx_tokens,
             n_gpu_layers=config.n_gpu_layers,

@@ -33,6 +33,9 @@ _MAX_HEADER = 1 << 16
 class Direction:
     """Losses at theta + eps z(seed) and theta - eps z (theta itself, if one-sided).
 
+    An estimator without directions has one of these, of the gradient that it computed: a CRC-32 of
+    its bytes as the seed, the loss at theta twice, and its Euclidean norm.
+
     The step's gradient estimate is the mean over directions of projected_grad * z, for spsa
     (loss_plus - loss_minus) / (2 eps), after clipping if there was any.
     """
@@ -137,6 +140,13 @@ class Trajectory:
         assert self._file is not None
         self.n_records -= 1
         self._cut(self._file)
+
+    def cut(self, n_records: int) -> None:
+        """Keep the first records only."""
+        assert n_records <= self.n_records
+        self.n_records = n_records
+        with open(self.path, "r+b") as file:
+            self._cut(file)
 
     def _cut(self, file: IO[bytes]) -> None:
         """End the file after the records that count."""

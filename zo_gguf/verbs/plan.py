@@ -17,7 +17,7 @@ from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.calibrate import choose_width, max_forwards
-from zo_gguf.tuning.estimators import estimate, estimator_of
+from zo_gguf.tuning.estimators import estimates, estimator_of
 from zo_gguf.tuning.estimators.base import Estimator
 from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.rows import load_rows
@@ -54,6 +54,7 @@ class PlanResult:
         probes_per_decode: As asked for, or what was fastest.
         fastest: What was fastest.
         saved: Share of the time that this saves over what was asked for.
+        chosen: What the method chose by looking at rows, in words.
     """
 
     weights: int
@@ -71,6 +72,7 @@ class PlanResult:
     probes_per_decode: int
     fastest: int
     saved: float
+    chosen: str = ""
 
     def render(self, as_json: bool = False) -> str:
         """A table, or JSON."""
@@ -85,7 +87,8 @@ class PlanResult:
         if self.saved >= _WORTH_SAYING:
             less = f"{100 * self.saved:.0f} % less time"
             advice = f" (--probes-per-decode {self.fastest} takes {less})"
-        lines = [f"{name:<24}{size / _MIB:>12,.1f} MiB" for name, size in rows]
+        lines = [self.chosen] if self.chosen else []
+        lines += [f"{name:<24}{size / _MIB:>12,.1f} MiB" for name, size in rows]
         lines += [
             f"{'GPU':<24}{self.on_gpu}",
             f"{'forward tokens a step':<24}{self.tokens_per_step:>12,}",
@@ -117,8 +120,11 @@ def plan(config: TuneConfig) -> PlanResult:
     before = psutil.Process().memory_info().rss  # with the bases of subspaces
     with method.open_engine() as engine:
         draw, valid = load_rows(config, engine)
+        said = method.look(engine, draw)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
-        fastest, asked, saved = _fastest(engine, draw, config, estimator.n_probes)
+        fastest, asked, saved = 1, 1, 0.0
+        if estimator.probes:
+            fastest, asked, saved = _fastest(engine, draw, config, estimator.n_probes)
         engine.probes_per_decode = asked
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
@@ -153,6 +159,7 @@ def plan(config: TuneConfig) -> PlanResult:
         probes_per_decode=asked,
         fastest=fastest,
         saved=saved,
+        chosen=said,
     )
 
 
@@ -189,13 +196,14 @@ def _fastest(
 def _time_steps(engine: Engine, draw: Draw, config: TuneConfig) -> tuple[float, int]:
     """Median seconds and tokens of three steps."""
     seconds, tokens = [], []
-    for step in range(-1, _TIMED_STEPS):  # the first one warms up
-        rows = draw(max(step, 0))
-        started = time.perf_counter()
-        scores = estimate(engine, rows, config, step + 1).scores
-        if step >= 0:
-            seconds.append(time.perf_counter() - started)
-            tokens.append(scores.n_tokens)
+    with estimates(engine, config) as estimate:
+        for step in range(-1, _TIMED_STEPS):  # the first one warms up
+            rows = draw(max(step, 0))
+            started = time.perf_counter()
+            scores = estimate(rows, step + 1).scores
+            if step >= 0:
+                seconds.append(time.perf_counter() - started)
+                tokens.append(scores.n_tokens)
     return float(np.median(seconds)), int(np.median(tokens))
 
 

@@ -13,6 +13,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.kinds import fixed_arrays
 from zo_gguf.system import check_output
+from zo_gguf.tuning.estimators import estimator_of
 from zo_gguf.tuning.run import Run, first_state, open_trajectory, require_run, run_files
 from zo_gguf.tuning.trainable import Trainable
 from zo_gguf.tuning.trajectory import Trajectory
@@ -59,7 +60,13 @@ def replay(config: ReplayConfig) -> ReplayResult:
     if config.output:
         inputs = [path for path in run_files(run.path, run.config) if path.name != _DELTA]
         check_output(config.output, overwrite=config.overwrite, inputs=inputs)
-    trainable = Trainable(run.config)
+    if not estimator_of(run.config).probes:
+        raise ZoError(
+            f"The gradients of --estimator {run.config.estimator} are too long to be recorded, so "
+            "there is nothing to replay; `zo-gguf tune` with the same options and --threads makes "
+            "the same bits again."
+        )
+    trainable = Trainable(run.config, run.first_delta())
     trajectory = open_trajectory(run, trainable)
     known, step = _known(run), config.step
     if step is None:

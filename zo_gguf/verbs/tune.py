@@ -19,7 +19,7 @@ from zo_gguf.errors import ZoError
 from zo_gguf.params.delta import Delta
 from zo_gguf.system import Interrupt, locked, require_file
 from zo_gguf.tuning.calibrate import resolve
-from zo_gguf.tuning.estimators import estimate
+from zo_gguf.tuning.estimators import estimates, estimator_of
 from zo_gguf.tuning.optimizer import Clip, learning_rate
 from zo_gguf.tuning.options import settle
 from zo_gguf.tuning.report import Progress, TuneResult, finish
@@ -76,21 +76,29 @@ def resume(run: str | os.PathLike[str]) -> TuneResult:
         ZoError: As `tune`; also when the run's files were altered.
     """
     opened = Run.open(run)
-    return _tune(opened.config, run, lambda: opened)
+    return _tune(opened.config, run, lambda: opened, opened.first_delta())
 
 
 def _tune(
-    config: TuneConfig, folder: str | os.PathLike[str], open_run: Callable[[], Run]
+    config: TuneConfig,
+    folder: str | os.PathLike[str],
+    open_run: Callable[[], Run],
+    first: Delta | None = None,
 ) -> TuneResult:
     """Open everything, run the loop, report. Nothing is written before all input was read."""
     require_file(config.model, "model")
-    trainable = Trainable(config)
+    trainable = Trainable(config, first)
     with trainable.open_engine() as engine:
-        trainable.set_units(parse_units(config.unit))  # refused before anything is written
         draw, valid = load_rows(config, engine)
+        said = trainable.look(engine, draw)
+        trainable.set_units(parse_units(config.unit))  # refused before anything is written
         of_rows = {"rows_sha256": digest_examples([*draw.examples, *valid])}
         with locked(folder, "run folder"):
-            return _train(open_run(), trainable, engine, draw, valid, of_rows)
+            run = open_run()
+            if said:
+                run.keep_first(trainable.delta)
+                print(said, file=sys.stderr)
+            return _train(run, trainable, engine, draw, valid, of_rows)
 
 
 def _train(
@@ -104,8 +112,10 @@ def _train(
     """Bring back what the run's files hold, run the loop from there, report."""
     trajectory = open_trajectory(run, trainable, of_rows)
     try:
-        run.reload_metrics(trajectory.n_records)
         state = run.load_state(trainable, trajectory.n_records)
+        if not estimator_of(run.config).probes:
+            trajectory.cut(state.step)  # the others are made again, and will be the same
+        run.reload_metrics(trajectory.n_records)
         trainable.place(state.step)
         clip = Clip(run.config.clip)
         for record in trajectory.records():
@@ -141,9 +151,11 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
     """The step loop."""
     config, state = session.config, session.state
     engine, run = session.engine, session.run
-    with Progress(config, state.step) as progress:
+    with Progress(config, state.step) as progress, estimates(engine, config) as estimate:
         while True:
             if _validation_due(session):
+                if not estimator_of(config).probes:
+                    _save(session)  # the best delta must not be of a step that is made again
                 progress.validated(state.step, _validate(session))
             if state.step >= config.iters or _out_of_patience(session):
                 break
@@ -151,7 +163,7 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 _save(session)
                 interrupt.leave(run.path)
             rows = session.draw(state.step)
-            measured = estimate(engine, rows, config, state.step)
+            measured = estimate(rows, state.step)
             if problem := measured.trouble():
                 _save(session)
                 raise ZoError(f"{problem} at step {state.step + 1}. {_START_AGAIN}")
@@ -176,8 +188,8 @@ def _validation_due(session: Session) -> bool:
     step, config = session.state.step, session.config
     if not session.valid or step in session.run.validations:
         return False
-    regular = config.valid_every > 0 and step % config.valid_every == 0
-    return step == 0 or regular or step >= config.iters
+    every = config.valid_every or config.iters
+    return step % every == 0 or step >= config.iters
 
 
 def _validate(session: Session) -> EvalResult:

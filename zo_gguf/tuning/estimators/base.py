@@ -5,8 +5,10 @@ their seeds, and turns the answers into one coefficient per direction: the step'
 is the mean over directions of coefficient * z.
 """
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
@@ -23,6 +25,7 @@ from zo_gguf.tuning.trajectory import Direction
 
 Vector = NDArray[np.float32]
 Noise = Callable[[int], Vector]  # seed -> z, (nnz,)
+Measure = Callable[[Sequence[Example], Sequence[int], float], "Estimate"]  # rows, seeds, eps
 _MASK = (1 << 64) - 1
 
 
@@ -33,13 +36,17 @@ class Estimate:
     Attributes:
         directions: Losses along each, and its coefficient.
         scores: Of all probes.
+        dense: The gradient, (nnz,), where it was not estimated from directions.
     """
 
     directions: tuple[Direction, ...]
     scores: Scores
+    dense: Vector | None = None
 
     def gradient(self, noise: Noise) -> Vector:
         """The gradient estimate, float32 (nnz,)."""
+        if self.dense is not None:
+            return self.dense
         return mean_of_directions(self.directions, noise)
 
     def trouble(self) -> str | None:
@@ -66,12 +73,16 @@ class Estimator(ABC):
 
     Attributes:
         distribution: What z is drawn from, as the estimator's source has it.
+        probes: Whether it probes along random directions. Then a record of the trajectory holds all
+            of a step; otherwise steps can only be made again.
     """
 
     distribution: ClassVar[int] = NORMAL
+    probes: ClassVar[bool] = True
 
     examples_per_step: int = 16
     directions: int
+    iters: int = 500
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
@@ -81,7 +92,13 @@ class Estimator(ABC):
             ZoError: It cannot work with these options.
         """
         given = {item.name: getattr(config, item.name) for item in fields(cls)}
+        given["iters"] = config.iters or None
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @contextmanager
+    def on(self, engine: Engine) -> Iterator["Measure"]:
+        """Have the engine ready for steps; gives `estimate` on it."""
+        yield functools.partial(self.estimate, engine)
 
     @property
     @abstractmethod

@@ -54,7 +54,7 @@ class Natural(Estimator):
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
         """As `Estimator.of`; short runs probe one side, unless --sides says other."""
-        sides = config.sides or (1 if config.iters <= SHORT_RUN else 2)
+        sides = config.sides or (1 if (config.iters or cls.iters) <= SHORT_RUN else 2)
         return super().of(dataclasses.replace(config, sides=sides))
 
     @property

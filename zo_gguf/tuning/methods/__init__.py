@@ -10,19 +10,23 @@ import numpy as np
 
 from zo_gguf.config import TuneConfig
 from zo_gguf.config.option import nearest
+from zo_gguf.data.dataset import Draw
+from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.tuning.methods.block_scale import BLOCK_SCALE
 from zo_gguf.tuning.methods.dense import DENSE
 from zo_gguf.tuning.methods.lora import LORA
+from zo_gguf.tuning.methods.lora_fa import LORA_FA
 from zo_gguf.tuning.methods.magnitude import MAGNITUDE
-from zo_gguf.tuning.methods.method import Method
+from zo_gguf.tuning.methods.method import Chosen, Method
 from zo_gguf.tuning.methods.norm import NORM
 from zo_gguf.tuning.methods.sensitive import SENSITIVE
 from zo_gguf.tuning.methods.subspace import SUBSPACE
 
 METHODS: dict[str, Method] = {
+    "lora-fa": LORA_FA,
     "sensitive": SENSITIVE,
     "magnitude": MAGNITUDE,
     "norm": NORM,
@@ -41,6 +45,11 @@ def check_method(name: str) -> None:
             raise ZoError(f"There is no method {part!r}{nearest(part, METHODS)} Known: {known}.")
 
 
+def looks_at_rows(config: TuneConfig) -> bool:
+    """Whether what is trained is chosen by looking at rows in the model."""
+    return any(METHODS[part].look for part in config.method.split("+"))
+
+
 def start(config: TuneConfig, gguf: GgufFile) -> Delta:
     """What a run trains, at its first theta; "a+b" trains the parameters of both.
 
@@ -49,7 +58,34 @@ def start(config: TuneConfig, gguf: GgufFile) -> Delta:
             the same tensor in ways that exclude each other.
     """
     check_method(config.method)
-    deltas = [METHODS[part].start(config, gguf) for part in config.method.split("+")]
+    methods = [METHODS[part] for part in config.method.split("+")]
+    deltas = [method.start(config, gguf) for method in methods if method.start]
+    assert len(deltas) == len(methods)
+    return _joined(config, gguf, deltas)
+
+
+def look(config: TuneConfig, engine: Engine, draw: Draw) -> Chosen:
+    """As `start`, for methods that look at rows.
+
+    Args:
+        config: The run's options.
+        engine: The model, opened without parameters.
+        draw: The rows of each step.
+    """
+    check_method(config.method)
+    deltas, said = [], []
+    for part in config.method.split("+"):
+        method = METHODS[part]
+        if method.look:
+            chosen = method.look(config, engine, draw)
+            deltas.append(chosen.delta)
+            said.append(chosen.said)
+        elif method.start:
+            deltas.append(method.start(config, engine.gguf))
+    return Chosen(_joined(config, engine.gguf, deltas), "\n".join(said))
+
+
+def _joined(config: TuneConfig, gguf: GgufFile, deltas: list[Delta]) -> Delta:
     if len(deltas) == 1:
         return deltas[0]
     sparse = [delta for delta in deltas if delta.tensors]

@@ -14,6 +14,7 @@ from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import LowRank, Products
 from zo_gguf.tuning.methods.method import Method
 
+RANK = 8
 _SCALE = 2.0  # alpha / rank
 
 
@@ -24,18 +25,19 @@ def lora(config: TuneConfig, gguf: GgufFile) -> Delta:
         ZoError: No matrix is chosen, or one cannot have this rank.
     """
     names = matching_matrices(gguf, config.train)
-    check_rank(gguf, names, config.rank)
+    rank = config.rank or RANK
+    check_rank(gguf, names, rank)
     products: Products = {}
     masters = []
     none = np.zeros((0, 0, 0), np.float32)
     for number, name in enumerate(names):
         n_rows, n_cols = gguf.tensors[name].shape
         random = np.random.Generator(np.random.PCG64([config.seed, number]))
-        a = random.standard_normal((config.rank, n_cols)) / np.sqrt(3 * n_cols)
-        masters += [a.astype(np.float32).reshape(-1), np.zeros(config.rank * n_rows, np.float32)]
-        products[name] = LowRank("lora", n_rows, n_cols, config.rank, _SCALE, 0, none, none)
+        a = random.standard_normal((rank, n_cols)) / np.sqrt(3 * n_cols)
+        masters += [a.astype(np.float32).reshape(-1), np.zeros(rank * n_rows, np.float32)]
+        products[name] = LowRank("lora", n_rows, n_cols, rank, _SCALE, 0, none, none)
     header = DeltaHeader.of(gguf, "lora")
     return Delta({}, {}, np.concatenate(masters), header, low_rank=products)
 
 
-LORA = Method(lora, reads=("rank", "train"))
+LORA = Method(lora, reads=("rank", "train"), rank=RANK)

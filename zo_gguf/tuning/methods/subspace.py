@@ -17,6 +17,7 @@ from zo_gguf.params.delta import Delta, DeltaHeader
 from zo_gguf.params.kinds import LowRank, Products, Vector
 from zo_gguf.tuning.methods.method import Method
 
+RANK = 8
 _MAX_RANK = 512  # of all windows of a matrix together
 
 
@@ -28,10 +29,11 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     """
     names = matching_matrices(gguf, config.train)
     n_windows = -(-config.iters // config.refresh) if config.refresh else 1
-    check_rank(gguf, names, config.rank)
-    if n_windows * config.rank > _MAX_RANK:
+    rank = config.rank or RANK
+    check_rank(gguf, names, rank)
+    if n_windows * rank > _MAX_RANK:
         raise ZoError(
-            f"{n_windows} subspaces of rank {config.rank} need rank {n_windows * config.rank}, but "
+            f"{n_windows} subspaces of rank {rank} need rank {n_windows * rank}, but "
             f"at most {_MAX_RANK} is possible; lower --rank, or raise --refresh (0: one subspace "
             "for the whole run)."
         )
@@ -39,15 +41,15 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     for number, name in enumerate(names):
         n_rows, n_cols = gguf.tensors[name].shape
         left, right = (
-            [_basis([config.seed, number, k, side], n, config.rank) for k in range(n_windows)]
+            [_basis([config.seed, number, k, side], n, rank) for k in range(n_windows)]
             for side, n in enumerate((n_rows, n_cols))
         )
         products[name] = LowRank(
             "subspace",
             n_rows,
             n_cols,
-            config.rank,
-            float(np.sqrt(n_rows * n_cols) / config.rank),
+            rank,
+            float(np.sqrt(n_rows * n_cols) / rank),
             config.refresh,
             np.stack(left),
             np.stack(right),
@@ -57,7 +59,7 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
     return Delta({}, {}, theta, header, low_rank=products)
 
 
-SUBSPACE = Method(subspace, reads=("rank", "refresh", "train"))
+SUBSPACE = Method(subspace, reads=("rank", "refresh", "train"), rank=RANK)
 
 
 def _basis(seed: list[int], n: int, rank: int) -> Vector:
