@@ -105,7 +105,7 @@ class TuneConfig(RowsConfig):
         metavar="NAME",
     )
     iters: int = option(
-        help="steps; 0: as many as the estimator takes as a rule (feedback 60, the others 500)",
+        help="steps; 0: as many as the estimator takes as a rule (feedback 80, the others 500)",
         default=0,
         low=0,
         below=10**9,

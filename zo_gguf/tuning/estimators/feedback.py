@@ -35,9 +35,9 @@ class Feedback(Estimator):
 
     probes: ClassVar[bool] = False
 
-    examples_per_step: int = 16
+    examples_per_step: int = 8
     directions: int = 1
-    iters: int = 60
+    iters: int = 80
 
     @classmethod
     def of(cls, config: TuneConfig) -> Self:
