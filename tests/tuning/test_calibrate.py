@@ -164,7 +164,7 @@ def test_several_kinds_get_units_before_eps_and_rate() -> None:
     engine: Any = Cubic(1e-4, {"sparse": BEND, "gain": 25 * BEND})
     engine.n_threads, engine.path = 2, "hook"
     eps, reach, units = measure_units(engine, range(16))  # type: ignore[arg-type]
-    config, said = resolved(engine)
+    config, said = resolved(engine, iters=500)
     assert config.unit == [f"{kind}={unit:.3g}" for kind, unit in units.items()]
     assert engine.units == parse_units(config.unit)
     assert config.eps == eps

@@ -139,7 +139,9 @@ def losses(model: Path, rows: Path, delta: Delta | None = None) -> NDArray[np.fl
 
 
 def test_every_method_has_a_case() -> None:
-    assert {part for case in CASES for part in case.rsplit("-", 1)[0].split("+")} == set(METHODS)
+    assert {part for case in CASES for part in case.rsplit("-", 1)[0].split("+")} == {
+        name for name, method in METHODS.items() if method.start
+    }
 
 
 @every_case

@@ -26,8 +26,19 @@ def test_default_mask_lies_beside_the_model() -> None:
     assert settled(method="sensitive", mask="other").mask == "other"
 
 
+def test_defaults_follow_from_the_method() -> None:
+    given = settled()
+    assert (given.estimator, given.iters, given.rank, given.targets) == (
+        "feedback", 80, 32, "answers",
+    )  # fmt: skip
+    given = settled(method="lora")
+    assert (given.estimator, given.iters, given.rank, given.targets) == ("natural", 500, 8, "auto")
+    assert settled(method="lora-fa+norm").estimator == "natural"
+    assert settled(iters=31).valid_every == 11
+
+
 def test_default_method_follows_from_the_mask() -> None:
-    assert (settled().method, settled().mask) == ("norm", "")
+    assert (settled().method, settled().mask) == ("lora-fa", "")
     assert (settled(mask="m").method, settled(mask="m").mask) == ("sensitive", "m")
 
 
@@ -74,6 +85,8 @@ def test_help_names_all_and_their_defaults() -> None:
             assert name in OPTIONS[option].metadata["help"]
     for name, kind in ESTIMATORS.items():
         own = kind.of(TuneConfig(model="m", data="d", output="o"))
-        said = rf"{name} ({own.examples_per_step} rows, {own.directions} direction"
+        said = f"{name} ({own.examples_per_step} rows"
+        said += f", {own.directions} direction" if kind.probes else " a step"
         assert said in OPTIONS["estimator"].metadata["help"]
+        assert f" {own.iters}" in OPTIONS["iters"].metadata["help"]
     assert f"(default: {Natural().damping:g})" in OPTIONS["damping"].metadata["help"]

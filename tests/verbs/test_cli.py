@@ -61,7 +61,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             "verbs.export:export",
             {"quant": ["Q8_0"]},
         ),
-        (TUNE, "verbs.tune:tune", {"iters": 500, "method": ""}),
+        (TUNE, "verbs.tune:tune", {"iters": None, "method": ""}),
         ([*TUNE, "--dry-run"], "verbs.plan:plan", {"output": "run"}),
         (["plan", "-m", "x", "--data", "d"], "verbs.plan:plan", {"data": "d"}),
         (["tune", "--dry-run", "-m", "x", "--data", "d"], "verbs.plan:plan", {"data": "d"}),

@@ -93,9 +93,9 @@ class TuneConfig(RowsConfig):
         metavar="NAME",
     )
     estimator: str = option(
-        help="where gradients come from: feedback (the residual stream, past attention), or random "
-        "directions: natural (4 rows, 16 directions a step), spsa (16 rows, 1 direction), fzoo "
-        "(16 rows, 8 directions) (default: feedback for lora-fa, else natural)",
+        help="where gradients come from: feedback (8 rows a step), or random directions: "
+        "natural (4 rows, 16 directions a step), spsa (16 rows, 1 direction) or fzoo (16 rows, "
+        "8 directions) (default: feedback for lora-fa, else natural)",
         default="",
         metavar="NAME",
     )
@@ -104,10 +104,10 @@ class TuneConfig(RowsConfig):
         default="adam",
         metavar="NAME",
     )
-    iters: int = option(
-        help="steps; 0: as many as the estimator takes as a rule (feedback 80, the others 500)",
-        default=0,
-        low=0,
+    iters: int | None = option(
+        help="steps (default: 80 with feedback, 500 with random directions)",
+        default=None,
+        low=1,
         below=10**9,
     )
     examples_per_step: int | None = option(
@@ -224,6 +224,12 @@ class TuneConfig(RowsConfig):
     )
     overwrite: bool = option(help=OVERWRITE, default=False)
     json: bool = option(help=JSON, default=False)
+
+    @property
+    def n_steps(self) -> int:
+        """The steps of a run whose options are settled."""
+        assert self.iters is not None
+        return self.iters
 
     def check(self) -> None:
         """Checks what needs no method or estimator; `settle` in tuning/options.py does the rest."""

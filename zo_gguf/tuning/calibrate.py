@@ -99,7 +99,7 @@ def resolve(
         size = 1.0 if config.optimizer == "adam" else unit_size(engine, draw, config)
         n_slopes = n_rows * estimator.directions
         rate = default_learning_rate(
-            config.optimizer, reach, size, config.iters, n_slopes, trainable.farthest
+            config.optimizer, reach, size, config.n_steps, n_slopes, trainable.farthest
         )
         config = replace(config, learning_rate=rate)
 

@@ -42,7 +42,7 @@ class LineSearch:
     def lowest(self) -> float:
         """The rate at the lowest point: of a parabola in log rate through the three tries there."""
         k = int(np.argmin(self.losses))
-        if not 1 < k < len(self.rates) - 1:
+        if not 1 < k < len(self.rates) - 1 or not np.isfinite(self.losses[k + 1]):
             return self.rates[k]
         x, y = np.log(self.rates[k - 1 : k + 2]), self.losses[k - 1 : k + 2]
         slope, bend = np.diff(y) / np.diff(x), np.diff(np.diff(y) / np.diff(x))[0]

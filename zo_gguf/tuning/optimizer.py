@@ -205,7 +205,7 @@ def learning_rate(config: TuneConfig, step: int) -> float:
         step: Steps done, 0 <= step < iters.
     """
     assert config.learning_rate is not None
-    done = step / max(1, config.iters - 1)
+    done = step / max(1, config.n_steps - 1)
     share = {
         "constant": 1.0,
         "linear": 1 - (1 - _LAST) * done,

@@ -32,9 +32,9 @@ class Progress:
     """A progress bar on a terminal, a line every 30 seconds elsewhere."""
 
     def __init__(self, config: TuneConfig, step: int) -> None:
-        self._iters = config.iters
+        self._iters = config.n_steps
         self._bar = tqdm(
-            total=config.iters,
+            total=config.n_steps,
             initial=step,
             desc="tune",
             unit="step",

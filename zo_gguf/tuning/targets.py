@@ -157,7 +157,7 @@ def choose_targets(
     if begun:
         draw.examples = aim(draw.examples, *load_targets(path, draw.examples))
         return "soft"
-    seen = draw.seen(config.iters)
+    seen = draw.seen(config.n_steps)
     if not wants_soft(config, draw.examples, seen):
         if config.targets == "auto" and draw.examples[0].choices:
             print(f"training aims at the answers: {_why_not(draw.examples, seen)}", file=sys.stderr)

@@ -129,7 +129,7 @@ def plan(config: TuneConfig) -> PlanResult:
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
         n_choosing = max_forwards(config, method)
-        seen = draw.seen(config.iters)
+        seen = draw.seen(config.n_steps)
         n_read = len(seen) if wants_soft(config, draw.examples, seen) else 0
         on_gpu = _gpu_in_words(engine, config.n_gpu_layers)
     state = first_state(method, config.optimizer)
@@ -217,17 +217,17 @@ def _total_seconds(
 ) -> float:
     """Steps, validations, passes that choose eps and a rate, and rows read for soft targets."""
     forward, n_rows = per_step / estimator.n_probes, estimator.examples_per_step
-    every = config.valid_every or config.iters
-    validations = 1 + -(-config.iters // every)
+    every = config.valid_every or config.n_steps
+    validations = 1 + -(-config.n_steps // every)
     per_validation = forward * n_valid / n_rows
     before = forward * (n_choosing + n_read / n_rows)
-    return config.iters * per_step + validations * per_validation + before
+    return config.n_steps * per_step + validations * per_validation + before
 
 
 def _disk(config: TuneConfig, theta: int, optimizer: int) -> int:
     """Three deltas with their positions, the state, the trajectory and the metrics."""
     record = record_size({"directions": config.directions}) + _METRICS_LINE
-    return 3 * 2 * theta + theta + optimizer + config.iters * record
+    return 3 * 2 * theta + theta + optimizer + config.n_steps * record
 
 
 def _check_disk(config: TuneConfig, needed: int) -> None:

@@ -157,7 +157,7 @@ def _loop(session: Session, interrupt: Interrupt) -> None:
                 if not estimator_of(config).probes:
                     _save(session)  # the best delta must not be of a step that is made again
                 progress.validated(state.step, _validate(session))
-            if state.step >= config.iters or _out_of_patience(session):
+            if state.step >= config.n_steps or _out_of_patience(session):
                 break
             if interrupt.requested:
                 _save(session)
@@ -188,8 +188,8 @@ def _validation_due(session: Session) -> bool:
     step, config = session.state.step, session.config
     if not session.valid or step in session.run.validations:
         return False
-    every = config.valid_every or config.iters
-    return step % every == 0 or step >= config.iters
+    every = config.valid_every or config.n_steps
+    return step % every == 0 or step >= config.n_steps
 
 
 def _validate(session: Session) -> EvalResult:

@@ -92,7 +92,6 @@ class Estimator(ABC):
             ZoError: It cannot work with these options.
         """
         given = {item.name: getattr(config, item.name) for item in fields(cls)}
-        given["iters"] = config.iters or None
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     @contextmanager

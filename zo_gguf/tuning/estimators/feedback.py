@@ -46,9 +46,9 @@ class Feedback(Estimator):
         Raises:
             ZoError: An option is given that belongs to random directions.
         """
-        for name in ("directions", "clip"):
-            if getattr(config, name) not in (None, 1):
-                raise ZoError(f"--{name} is for estimators of random directions; leave it out.")
+        given = {"directions": config.directions not in (None, 1), "clip": config.clip is not None}
+        for name in filter(given.get, given):
+            raise ZoError(f"--{name} is for estimators of random directions; leave it out.")
         return super().of(config)
 
     @property

@@ -28,7 +28,7 @@ def subspace(config: TuneConfig, gguf: GgufFile) -> Delta:
         ZoError: No matrix is chosen, or the windows of a whole run need too high a rank.
     """
     names = matching_matrices(gguf, config.train)
-    n_windows = -(-config.iters // config.refresh) if config.refresh else 1
+    n_windows = -(-config.n_steps // config.refresh) if config.refresh else 1
     rank = config.rank or RANK
     check_rank(gguf, names, rank)
     if n_windows * rank > _MAX_RANK:
