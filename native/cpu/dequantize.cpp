@@ -61,6 +61,16 @@ ZO_INLINE void read_q4_1(const uint8_t * from, int64_t n, float * to) {
     }
 }
 
+// { f16 d; 32 signed bytes }: d * q
+ZO_INLINE void read_q8_0(const uint8_t * from, int64_t n, float * to) {
+    for (; n > 0; n -= BLOCK, from += 34, to += BLOCK) {
+        const float d = f16_at(from);
+        for (int i = 0; i < BLOCK; ++i) {
+            to[i] = d * (float) (int8_t) from[2 + i];
+        }
+    }
+}
+
 // Half a block of Q6_K: the low four bits of a value in `low`, the high two in `high`, a scale for 16 values.
 ZO_INLINE void read_half_q6_k(const uint8_t * low, const uint8_t * high, const uint8_t * scales, float d,
                               float * to) {
@@ -106,6 +116,8 @@ void dequantize(ggml_type type, const char * from, int64_t n, float * to) {
         return vectorized<read_q4_0>(bytes, n, to);
     case GGML_TYPE_Q4_1:
         return vectorized<read_q4_1>(bytes, n, to);
+    case GGML_TYPE_Q8_0:
+        return vectorized<read_q8_0>(bytes, n, to);
     case GGML_TYPE_Q6_K:
         return vectorized<read_q6_k>(bytes, n, to);
     default:

@@ -36,18 +36,23 @@ struct lanes_of {
 };
 #endif
 
-// c[row][0 .. N * W) += panel * b: N registers for each of the panel's rows.
+// c[row][0 .. N * W) += panel * b: N registers for each of the panel's rows. Values are moved one register
+// at a time: compilers keep arrays that are copied whole in memory.
 template <int W, int N>
 ZO_INLINE void multiply(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
                         int64_t c_stride) {
     typedef typename lanes_of<W>::type lanes;
     lanes                              sum[GEMM_ROWS][N];
     for (int i = 0; i < GEMM_ROWS; ++i) {
-        std::memcpy(sum[i], c + i * c_stride, sizeof sum[i]);
+        for (int j = 0; j < N; ++j) {
+            std::memcpy(&sum[i][j], c + i * c_stride + j * W, sizeof(lanes));
+        }
     }
     for (int64_t k = 0; k < depth; ++k) {
         lanes row[N];
-        std::memcpy(row, b + k * b_stride, sizeof row);
+        for (int j = 0; j < N; ++j) {
+            std::memcpy(&row[j], b + k * b_stride + j * W, sizeof(lanes));
+        }
         for (int i = 0; i < GEMM_ROWS; ++i) {
             for (int j = 0; j < N; ++j) {
                 sum[i][j] += panel[k * GEMM_ROWS + i] * row[j];
@@ -55,28 +60,78 @@ ZO_INLINE void multiply(const float * panel, int64_t depth, const float * b, int
         }
     }
     for (int i = 0; i < GEMM_ROWS; ++i) {
-        std::memcpy(c + i * c_stride, sum[i], sizeof sum[i]);
+        for (int j = 0; j < N; ++j) {
+            std::memcpy(c + i * c_stride + j * W, &sum[i][j], sizeof(lanes));
+        }
     }
 }
 
+// c[0 .. N * W) += value * b[row - first] for all rows.
 template <int W, int N>
-ZO_INLINE void multiply_all(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
-                            int64_t c_stride) {
-    for (int64_t j = 0; j < GEMM_COLUMNS; j += W * N) {
-        multiply<W, N>(panel, depth, b + j, b_stride, c + j, c_stride);
+ZO_INLINE void add_rows(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+                        int64_t b_stride, float * c) {
+    typedef typename lanes_of<W>::type lanes;
+    lanes                              sum[N];
+    for (int j = 0; j < N; ++j) {
+        std::memcpy(&sum[j], c + j * W, sizeof(lanes));
+    }
+    for (int64_t i = 0; i < n_rows; ++i) {
+        const float * from = b + (rows[i].row - first) * b_stride;
+        for (int j = 0; j < N; ++j) {
+            lanes row;
+            std::memcpy(&row, from + j * W, sizeof(lanes));
+            sum[j] += rows[i].value * row;
+        }
+    }
+    for (int j = 0; j < N; ++j) {
+        std::memcpy(c + j * W, &sum[j], sizeof(lanes));
     }
 }
+
+// Both for GEMM_COLUMNS columns, in registers of W floats, N of them for a row.
+template <int W, int N>
+struct kernels {
+    ZO_INLINE static void multiply_all(const float * panel, int64_t depth, const float * b, int64_t b_stride,
+                                       float * c, int64_t c_stride) {
+        for (int64_t j = 0; j < GEMM_COLUMNS; j += W * N) {
+            multiply<W, N>(panel, depth, b + j, b_stride, c + j, c_stride);
+        }
+    }
+    ZO_INLINE static void add_all(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+                                  int64_t b_stride, float * c) {
+        constexpr int n = N < 4 ? 2 * N : N;  // there are no other sums
+        for (int64_t j = 0; j < GEMM_COLUMNS; j += W * n) {
+            add_rows<W, n>(rows, n_rows, first, b + j, b_stride, c + j);
+        }
+    }
+};
 
 // As many sums at a time as the registers of each level hold.
+#if defined(__aarch64__)
+using plain = kernels<4, 4>;
+#else
+using plain = kernels<4, 2>;
+#endif
+
 #if defined(ZO_X86_LEVELS)
 ZO_X86_V4 void multiply_v4(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
                            int64_t c_stride) {
-    multiply_all<16, 4>(panel, depth, b, b_stride, c, c_stride);
+    kernels<16, 4>::multiply_all(panel, depth, b, b_stride, c, c_stride);
 }
 
 ZO_X86_V3 void multiply_v3(const float * panel, int64_t depth, const float * b, int64_t b_stride, float * c,
                            int64_t c_stride) {
-    multiply_all<8, 2>(panel, depth, b, b_stride, c, c_stride);
+    kernels<8, 2>::multiply_all(panel, depth, b, b_stride, c, c_stride);
+}
+
+ZO_X86_V4 void add_v4(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+                      int64_t b_stride, float * c) {
+    kernels<16, 4>::add_all(rows, n_rows, first, b, b_stride, c);
+}
+
+ZO_X86_V3 void add_v3(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+                      int64_t b_stride, float * c) {
+    kernels<8, 2>::add_all(rows, n_rows, first, b, b_stride, c);
 }
 #endif
 
@@ -88,11 +143,18 @@ void multiply_best(const float * panel, int64_t depth, const float * b, int64_t 
                               : multiply_v3(panel, depth, b, b_stride, c, c_stride);
     }
 #endif
-#if defined(__aarch64__)
-    multiply_all<4, 4>(panel, depth, b, b_stride, c, c_stride);
-#else
-    multiply_all<4, 2>(panel, depth, b, b_stride, c, c_stride);
+    plain::multiply_all(panel, depth, b, b_stride, c, c_stride);
+}
+
+void add_best(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b, int64_t b_stride,
+              float * c) {
+#if defined(ZO_X86_LEVELS)
+    if (x86_level >= 3) {
+        return x86_level == 4 ? add_v4(rows, n_rows, first, b, b_stride, c)
+                              : add_v3(rows, n_rows, first, b, b_stride, c);
+    }
 #endif
+    plain::add_all(rows, n_rows, first, b, b_stride, c);
 }
 
 }  // namespace
@@ -102,10 +164,14 @@ gemm_panels gemm_pack(const float * a, int64_t m, int64_t k, int64_t row_stride,
     packed.m = m;
     packed.k = k;
     packed.values.assign((size_t) (packed.n_panels() * k * GEMM_ROWS), 0.0f);
-    for (int64_t i = 0; i < m; ++i) {
-        float * to = packed.values.data() + (i / GEMM_ROWS) * k * GEMM_ROWS + i % GEMM_ROWS;
+    for (int64_t first = 0; first < m; first += GEMM_ROWS) {
+        const int64_t n_rows = std::min(GEMM_ROWS, m - first);
+        const float * from   = a + first * row_stride;
+        float *       to     = packed.values.data() + first * k;
         for (int64_t j = 0; j < k; ++j) {
-            to[j * GEMM_ROWS] = a[i * row_stride + j * column_stride];
+            for (int64_t i = 0; i < n_rows; ++i) {
+                to[j * GEMM_ROWS + i] = from[i * row_stride + j * column_stride];
+            }
         }
     }
     return packed;
@@ -129,6 +195,17 @@ void gemm_block(const gemm_panels & a, int64_t first, int64_t depth, const float
             std::memcpy(out + i * c_stride, whole + i * GEMM_COLUMNS, (size_t) n * sizeof(float));
         }
     }
+}
+
+void gemm_add_rows(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b, int64_t b_stride,
+                   int64_t n, float * c) {
+    if (n == GEMM_COLUMNS) {
+        return add_best(rows, n_rows, first, b, b_stride, c);
+    }
+    float whole[GEMM_COLUMNS] = {};
+    std::memcpy(whole, c, (size_t) n * sizeof(float));
+    add_best(rows, n_rows, first, b, b_stride, whole);
+    std::memcpy(c, whole, (size_t) n * sizeof(float));
 }
 
 void gemm_add(const gemm_panels & a, const float * b, int64_t b_stride, int64_t n, float * c,

@@ -46,6 +46,7 @@ void zo_feedback::begin(const zo::decode_batch & batch, const int32_t * output_t
 
 void zo_feedback::make_plan() {
     planned = false;
+    gathered_.clear();
     plan_   = zo::make_plan(graph_, graph_tokens_, graph_outputs_,
                             [&](std::string_view name) { return tracked.contains(name); });
     planned = true;
@@ -216,14 +217,15 @@ void zo_feedback::run(const float * target_weights) {
     for (size_t i = 0; i < target_token_.size(); ++i) {
         targets[(size_t) target_counted_[i]].push_back({ target_token_[i], target_weights[i] });
     }
-    const std::vector<zo::logit_step>          steps = logit_steps();
-    std::vector<std::vector<zo::sparse_entry>> entries(kept_.size());
+    const std::vector<zo::logit_step> steps = logit_steps();
+    zo::sparse_columns                entries(kept_.size());
     zo::parallel_for((int64_t) kept_.size(), n_threads, [&](int64_t i, int) {
-        const zo::kept_logits & kept = kept_[(size_t) i];
-        entries[(size_t) i]          = zo::logits_gradient(kept, targets[(size_t) i], (int32_t) i);
-        zo::back_through_logits(steps, kept.values, entries[(size_t) i]);
+        std::vector<zo::scaled_row> & column = entries[(size_t) i];
+        column = zo::logits_gradient(kept_[(size_t) i], targets[(size_t) i], tail);
+        zo::back_through_logits(steps, kept_[(size_t) i].values, column);
+        column.erase(std::remove_if(column.begin(), column.end(),
+                                    [](const zo::scaled_row & entry) { return entry.value == 0; }),
+                     column.end());
     });
-    const int64_t n_rows = graph_.tensors[(size_t) plan_.head].ne[0];
-    const auto    all    = zo::sorted_by_row(entries, n_rows);
-    zo::reverse_pass(graph_, plan_, gathered_, weights, overlays, tracked, n_threads).run(all);
+    zo::reverse_pass(graph_, plan_, gathered_, weights, overlays, tracked, n_threads).run(entries);
 }

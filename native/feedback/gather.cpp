@@ -74,7 +74,6 @@ void gatherer::begin(std::vector<int32_t> token_columns, std::vector<int32_t> ou
     output_columns_ = std::move(output_columns);
     n_tokens_       = n_tokens;
     n_outputs_      = n_outputs;
-    clear();
 }
 
 void gatherer::take(int32_t number, const ggml_tensor * node, bool of_outputs, bool staged) {

@@ -28,7 +28,7 @@ public:
     int64_t         n_counted() const { return (int64_t) token_columns_.size(); }
     const float *   floats(int32_t number) const { return values_.at(number).floats.data(); }
     const int32_t * ints(int32_t number) const { return values_.at(number).ints.data(); }
-    void            clear() { values_.clear(); }
+    void            clear() { values_.clear(); }  // else the next decode uses the same memory
 
 private:
     std::vector<int32_t>                         token_columns_, output_columns_;

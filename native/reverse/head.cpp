@@ -34,6 +34,17 @@ ZO_INLINE void relative_shares(const float * logits, int64_t n, float top, float
     }
 }
 
+bool any_above(const float * shares, int64_t n, float limit) {
+    if (n < LANES) {
+        return true;
+    }
+    int found = 0;
+    for (int k = 0; k < LANES; ++k) {
+        found |= shares[k] >= limit;
+    }
+    return found != 0;
+}
+
 ZO_INLINE double sum_below(const float * shares, int64_t n, float limit) {
     double total = 0;
     for (int64_t first = 0; first < n; first += BLOCK) {
@@ -85,59 +96,67 @@ kept_logits keep_likely(const float * logits, int64_t n_vocab, const std::vector
     kept_logits kept;
     kept.log_sum = top + std::log(sum);
     auto next    = targets.begin();
-    for (int64_t i = 0; i < n_vocab; ++i) {
-        const bool is_target = next != targets.end() && *next == i, is_likely = shares[(size_t) i] >= limit;
-        next += is_target;
-        if (is_target || is_likely) {
-            kept.tokens.push_back((int32_t) i);
-            kept.values.push_back(logits[i]);
-            out -= is_likely ? 0.0f : shares[(size_t) i];
+    for (int64_t first = 0; first < n_vocab; first += LANES) {
+        const int64_t end        = std::min<int64_t>(n_vocab, first + LANES);
+        const bool    has_likely = any_above(shares.data() + first, end - first, limit);
+        if (!has_likely && (next == targets.end() || *next >= end)) {
+            continue;
+        }
+        for (int64_t i = first; i < end; ++i) {
+            const bool is_target = next != targets.end() && *next == i;
+            const bool is_likely = shares[(size_t) i] >= limit;
+            next += is_target;
+            if (is_target || is_likely) {
+                kept.tokens.push_back((int32_t) i);
+                kept.values.push_back(logits[i]);
+                out -= is_likely ? 0.0f : shares[(size_t) i];
+            }
         }
     }
     kept.left_out = std::max(0.0, out / sum);
     return kept;
 }
 
-std::vector<sparse_entry> sorted_by_row(const std::vector<std::vector<sparse_entry>> & of_columns,
-                                        int64_t                                        n_rows) {
-    std::vector<size_t> first((size_t) n_rows + 1);
-    for (const std::vector<sparse_entry> & column : of_columns) {
-        for (const sparse_entry & entry : column) {
-            first[(size_t) entry.row + 1] += 1;
-        }
-    }
-    for (size_t row = 0; row < (size_t) n_rows; ++row) {
-        first[row + 1] += first[row];
-    }
-    std::vector<sparse_entry> sorted(first.back());
-    for (const std::vector<sparse_entry> & column : of_columns) {
-        for (const sparse_entry & entry : column) {
-            sorted[first[(size_t) entry.row]++] = entry;
-        }
-    }
-    return sorted;
-}
-
-std::vector<sparse_entry> logits_gradient(const kept_logits &                  kept,
-                                          const std::vector<weighted_target> & targets, int32_t column) {
-    double total = 0;
+std::vector<scaled_row> logits_gradient(const kept_logits &                  kept,
+                                        const std::vector<weighted_target> & targets, double tail) {
+    double total = 0, on_targets = 0, others = kept.left_out;  // weights; magnitudes; probability
     for (const weighted_target & target : targets) {
         total += target.weight;
     }
-    std::vector<sparse_entry> entries;
+    std::vector<scaled_row> entries;
+    std::vector<size_t>     at_targets;
     entries.reserve(kept.tokens.size());
     for (size_t i = 0; i < kept.tokens.size(); ++i) {
-        double value = total * std::exp(kept.values[i] - kept.log_sum);
+        const double p      = std::exp(kept.values[i] - kept.log_sum);
+        double       weight = 0;
+        bool         found  = false;
         for (const weighted_target & target : targets) {
-            value -= target.token == kept.tokens[i] ? target.weight : 0.0;
+            found |= target.token == kept.tokens[i];
+            weight += target.token == kept.tokens[i] ? target.weight : 0.0;
         }
-        entries.push_back({ kept.tokens[i], column, (float) value });
+        entries.push_back({ kept.tokens[i], (float) (total * p - weight) });
+        if (found) {
+            at_targets.push_back(i);
+            on_targets += std::fabs(total * p - weight);
+        } else {
+            others += p;
+        }
     }
-    return entries;
+    if (std::fabs(total) * others > tail * on_targets) {
+        return entries;
+    }
+    std::vector<scaled_row> only_targets = entries;
+    for (scaled_row & entry : only_targets) {
+        entry.value = 0;
+    }
+    for (const size_t i : at_targets) {
+        only_targets[i] = entries[i];
+    }
+    return only_targets;
 }
 
 void back_through_logits(const std::vector<logit_step> & steps, std::vector<float> logits,
-                         std::vector<sparse_entry> & entries) {
+                         std::vector<scaled_row> & entries) {
     for (const logit_step & step : steps) {
         for (size_t i = 0; i < entries.size(); ++i) {
             if (step.is_tanh) {

@@ -34,13 +34,11 @@ struct weighted_target {
     float   weight;
 };
 
-// The gradient at the logits of one output, which is column `column` of all that count.
-std::vector<sparse_entry> logits_gradient(const kept_logits &                  kept,
-                                          const std::vector<weighted_target> & targets, int32_t column);
-
-// The entries of all columns, by row and then by column.
-std::vector<sparse_entry> sorted_by_row(const std::vector<std::vector<sparse_entry>> & of_columns,
-                                        int64_t                                        n_rows);
+// The gradient at the logits of one output, an entry for each kept token. Where all tokens but the targets
+// are together below `tail` times the targets' sum of magnitudes, as if the weights add up to zero, they are
+// zero.
+std::vector<scaled_row> logits_gradient(const kept_logits &                  kept,
+                                        const std::vector<weighted_target> & targets, double tail);
 
 // An element-wise operation between the head's product and the logits: y = factor * x + offset, y = tanh(x),
 // or y = x + bias.
@@ -52,6 +50,6 @@ struct logit_step {
 
 // The gradient before such steps, given in the order of the way back. `logits`: those of the entries.
 void back_through_logits(const std::vector<logit_step> & steps, std::vector<float> logits,
-                         std::vector<sparse_entry> & entries);
+                         std::vector<scaled_row> & entries);
 
 }  // namespace zo

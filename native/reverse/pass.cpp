@@ -9,7 +9,17 @@
 
 namespace zo {
 
-void reverse_pass::run(const std::vector<sparse_entry> & dy) {
+// visit(column, row, value) for the entries of all columns.
+template <typename Visit>
+static void for_each_entry(const sparse_columns & columns, Visit visit) {
+    for (size_t column = 0; column < columns.size(); ++column) {
+        for (const scaled_row & entry : columns[column]) {
+            visit((int64_t) column, (int64_t) entry.row, entry.value);
+        }
+    }
+}
+
+void reverse_pass::run(const sparse_columns & dy) {
     back_head(dy);
     for (const int32_t node : plan_.steps) {
         const auto found = gradients_.find(node);
@@ -19,6 +29,9 @@ void reverse_pass::run(const std::vector<sparse_entry> & dy) {
         rows taken = std::move(found->second);
         gradients_.erase(found);
         back(node, taken);
+        if (taken.capacity() > 0) {
+            spare_.push_back(std::move(taken));
+        }
     }
 }
 
@@ -28,6 +41,10 @@ float * reverse_pass::gradient_of(int32_t number) {
     }
     rows & values = gradients_[number];
     if (values.empty()) {
+        if (!spare_.empty()) {
+            values = std::move(spare_.back());
+            spare_.pop_back();
+        }
         values.assign((size_t) (n_ * planned(number).per_token), 0.0f);
     }
     return values.data();
@@ -96,7 +113,7 @@ void reverse_pass::back(int32_t node, rows & dy) {
 
 // ---- products ---------------------------------------------------------------------------------------
 
-void reverse_pass::back_head(const std::vector<sparse_entry> & dy) {
+void reverse_pass::back_head(const sparse_columns & dy) {
     const graph_tensor & head   = tensor(plan_.head);
     const graph_tensor & weight = tensor(head.src[0]);
     if (float * dx = gradient_at(plan_.head, 1)) {
@@ -108,18 +125,17 @@ void reverse_pass::back_head(const std::vector<sparse_entry> & dy) {
     }
 }
 
-void reverse_pass::back_head_overlays(const graph_tensor & weight, const std::vector<sparse_entry> & dy,
-                                      float * dx) {
+void reverse_pass::back_head_overlays(const graph_tensor & weight, const sparse_columns & dy, float * dx) {
     const int64_t n_rows = weight.ne[1], n_cols = weight.ne[0];
     if (const lowrank_weight * added = overlays_.lowrank ? overlays_.lowrank->find(weight.name) : nullptr) {
         const lowrank_factors & factors = overlays_.lowrank->factors(*added, 0);
         std::vector<float>      inner((size_t) (n_ * factors.rank));
-        for (const sparse_entry & entry : dy) {
+        for_each_entry(dy, [&](int64_t column, int64_t row, float value) {
             for (int64_t r = 0; r < factors.rank; ++r) {
-                inner[(size_t) (entry.column * factors.rank + r)] +=
-                    entry.value * factors.left[(size_t) (r * n_rows + entry.row)];
+                inner[(size_t) (column * factors.rank + r)] +=
+                    value * factors.left[(size_t) (r * n_rows + row)];
             }
-        }
+        });
         gemm_add(gemm_pack(inner.data(), n_, factors.rank, factors.rank, 1), factors.right.data(), n_cols,
                  n_cols, dx, n_cols, n_threads_);
     }
@@ -127,37 +143,36 @@ void reverse_pass::back_head_overlays(const graph_tensor & weight, const std::ve
     if (added == nullptr) {
         return;
     }
-    const float * values = overlays_.store->branch_values(*added, {});
-    for (int64_t place = 0; place < added->rows.size(); ++place) {
-        const int32_t row = added->rows.index[(size_t) place];
-        auto from = std::lower_bound(dy.begin(), dy.end(), row,
-                                     [](const sparse_entry & entry, int32_t r) { return entry.row < r; });
-        for (; from != dy.end() && from->row == row; ++from) {
-            for (int32_t e = added->row_first[(size_t) place]; e < added->row_end[(size_t) place]; ++e) {
-                dx[from->column * n_cols + added->cols.index[(size_t) added->col[(size_t) e]]] +=
-                    values[e] * from->value;
-            }
-        }
+    const float *        values = overlays_.store->branch_values(*added, {});
+    std::vector<int32_t> place((size_t) n_rows, -1);
+    for (int64_t i = 0; i < added->rows.size(); ++i) {
+        place[(size_t) added->rows.index[(size_t) i]] = (int32_t) i;
     }
+    for_each_entry(dy, [&](int64_t column, int64_t row, float value) {
+        const int32_t i = place[(size_t) row];
+        for (int32_t e = i < 0 ? 0 : added->row_first[(size_t) i]; i >= 0 && e < added->row_end[(size_t) i];
+             ++e) {
+            dx[column * n_cols + added->cols.index[(size_t) added->col[(size_t) e]]] += values[e] * value;
+        }
+    });
 }
 
-void reverse_pass::track_head(tracked_matrix & matrix, const float * x,
-                              const std::vector<sparse_entry> & dy) {
+void reverse_pass::track_head(tracked_matrix & matrix, const float * x, const sparse_columns & dy) {
     if (matrix.rank == 0) {
         matrix.x.assign(x, x + n_ * matrix.n_cols);
         matrix.dy.assign((size_t) (n_ * matrix.n_rows), 0.0f);
-        for (const sparse_entry & entry : dy) {
-            matrix.dy[(size_t) (entry.column * matrix.n_rows + entry.row)] = entry.value;
-        }
+        for_each_entry(dy, [&](int64_t column, int64_t row, float value) {
+            matrix.dy[(size_t) (column * matrix.n_rows + row)] = value;
+        });
         return;
     }
     const std::vector<float> inner = project(matrix, x, n_);
-    for (const sparse_entry & entry : dy) {
+    for_each_entry(dy, [&](int64_t column, int64_t row, float value) {
         for (int64_t r = 0; r < matrix.rank; ++r) {
-            matrix.gradient[(size_t) (r * matrix.n_rows + entry.row)] +=
-                entry.value * inner[(size_t) (entry.column * matrix.rank + r)];
+            matrix.gradient[(size_t) (r * matrix.n_rows + row)] +=
+                value * inner[(size_t) (column * matrix.rank + r)];
         }
-    }
+    });
 }
 
 std::vector<float> reverse_pass::project(const tracked_matrix & matrix, const float * x, int64_t n) const {

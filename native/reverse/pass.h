@@ -32,9 +32,9 @@ public:
         : graph_(graph), plan_(plan), gathered_(gathered), weights_(weights), overlays_(overlays),
           tracked_(tracked), n_threads_(n_threads), n_(gathered.n_counted()) {}
 
-    // `dy`: the gradient at the head's product, sorted by row, columns below n_counted. Throws
-    // std::runtime_error where a weight cannot be read.
-    void run(const std::vector<sparse_entry> & dy);
+    // `dy`: the gradient at the head's product, n_counted columns. Throws std::runtime_error where a weight
+    // cannot be read.
+    void run(const sparse_columns & dy);
 
 private:
     using rows = std::vector<float>;  // [n_counted][values of a token]
@@ -48,9 +48,9 @@ private:
     // The same of a node's source.
     float * gradient_at(int32_t node, int slot);
 
-    void back_head(const std::vector<sparse_entry> & dy);
-    void back_head_overlays(const graph_tensor & weight, const std::vector<sparse_entry> & dy, float * dx);
-    void track_head(tracked_matrix & matrix, const float * x, const std::vector<sparse_entry> & dy);
+    void back_head(const sparse_columns & dy);
+    void back_head_overlays(const graph_tensor & weight, const sparse_columns & dy, float * dx);
+    void track_head(tracked_matrix & matrix, const float * x, const sparse_columns & dy);
     // Passes a gradient on unchanged.
     void pass_on(int32_t node, int slot, rows && dy);
 
@@ -81,6 +81,7 @@ private:
     int64_t                 n_;
 
     std::unordered_map<int32_t, rows> gradients_;
+    std::vector<rows>                 spare_;  // memory of those that were passed on
 };
 
 }  // namespace zo

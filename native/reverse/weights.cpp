@@ -68,30 +68,56 @@ void add_transposed_product(const weight_bytes & w, const gemm_panels & dy, floa
              });
 }
 
-// dx[column] += value * row for the entries of one row, of which n values are at hand.
-ZO_INLINE static void add_row(const float * row, int64_t n, const sparse_entry * entries, int64_t n_entries,
-                              float * dx, int64_t stride) {
-    for (int64_t e = 0; e < n_entries; ++e) {
-        float *     to    = dx + entries[e].column * stride;
-        const float value = entries[e].value;
-        for (int64_t j = 0; j < n; ++j) {
-            to[j] += value * row[j];
+// Which rows any column has, ascending; the columns' rows become places among them.
+static std::vector<int32_t> number_rows(sparse_columns & dy, int64_t n_rows) {
+    std::vector<int32_t> place((size_t) n_rows, -1), used;
+    for (const std::vector<scaled_row> & column : dy) {
+        for (const scaled_row & entry : column) {
+            place[(size_t) entry.row] = 0;
         }
     }
+    for (int32_t row = 0; row < (int32_t) n_rows; ++row) {
+        if (place[(size_t) row] == 0) {
+            place[(size_t) row] = (int32_t) used.size();
+            used.push_back(row);
+        }
+    }
+    for (std::vector<scaled_row> & column : dy) {
+        for (scaled_row & entry : column) {
+            entry.row = place[(size_t) entry.row];
+        }
+    }
+    return used;
 }
 
-void add_transposed_product(const weight_bytes & w, const std::vector<sparse_entry> & dy, float * dx,
-                            int n_threads) {
-    const int64_t width = w.width(), n_entries = (int64_t) dy.size();
+void add_transposed_product(const weight_bytes & w, const sparse_columns & dy, float * dx, int n_threads) {
+    constexpr int64_t          n_together = 128, most = 1024;  // rows and columns that are read before use
+    sparse_columns             numbered = dy;
+    const std::vector<int32_t> used     = number_rows(numbered, w.n_rows);
+    const int64_t              n_used   = (int64_t) used.size();
+    const int64_t share = std::min(most, (w.n_cols + n_threads - 1) / n_threads), unit = w.width();
+    const int64_t width = (share + unit - 1) / unit * unit;
     parallel_for((w.n_cols + width - 1) / width, n_threads, [&](int64_t chunk, int) {
-        const int64_t      column = chunk * width, n = std::min(width, w.n_cols - column);
-        std::vector<float> values((size_t) n);
-        for (int64_t first = 0, end; first < n_entries; first = end) {
-            const sparse_entry * entries = dy.data() + first;
-            for (end = first + 1; end < n_entries && dy[(size_t) end].row == entries->row; ++end) {
+        const int64_t       column = chunk * width, n = std::min(width, w.n_cols - column);
+        std::vector<float>  rows((size_t) (n_together * width));
+        std::vector<size_t> done(numbered.size());
+        for (int64_t first = 0; first < n_used; first += n_together) {
+            const int64_t end = std::min(n_used, first + n_together);
+            for (int64_t i = first; i < end; ++i) {
+                w.row(used[(size_t) i], column, n, rows.data() + (i - first) * width);
             }
-            w.row(entries->row, column, n, values.data());
-            vectorized<add_row>(values.data(), n, entries, end - first, dx + column, w.n_cols);
+            for (size_t c = 0; c < numbered.size(); ++c) {
+                const std::vector<scaled_row> & entries = numbered[c];
+                const size_t                    start   = done[c];
+                while (done[c] < entries.size() && entries[done[c]].row < end) {
+                    done[c] += 1;
+                }
+                for (int64_t j = 0; j < n && done[c] > start; j += GEMM_COLUMNS) {
+                    gemm_add_rows(entries.data() + start, (int64_t) (done[c] - start), first, rows.data() + j,
+                                  width, std::min(GEMM_COLUMNS, n - j),
+                                  dx + (int64_t) c * w.n_cols + column + j);
+                }
+            }
         }
     });
 }

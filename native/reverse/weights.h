@@ -51,14 +51,10 @@ private:
 // dx[i][n_cols] += dy[i][n_rows] * W for all rows i of dy.
 void add_transposed_product(const weight_bytes & w, const gemm_panels & dy, float * dx, int n_threads);
 
-// An entry of a matrix that is nearly empty: dy[column][row], a row of W.
-struct sparse_entry {
-    int32_t row, column;
-    float   value;
-};
+// Columns of a matrix that are nearly empty: the rows of each that are not zero, ascending.
+using sparse_columns = std::vector<std::vector<scaled_row>>;
 
-// dx[column][n_cols] += value * W[row] for entries sorted by row.
-void add_transposed_product(const weight_bytes & w, const std::vector<sparse_entry> & dy, float * dx,
-                            int n_threads);
+// dx[column][n_cols] += the sum of value * W[row] over the entries of each column.
+void add_transposed_product(const weight_bytes & w, const sparse_columns & dy, float * dx, int n_threads);
 
 }  // namespace zo

@@ -34,7 +34,7 @@ from zo_gguf.libzo import AT_THETA, Feedback, Recorder
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Slopes = Callable[[Request, F64], F64]
-TAIL = 2.0**-10  # relative error of the gradient at the logits
+TAIL = 2.0**-8  # relative error of the gradient at the logits
 MOST_BYTES = 300 << 20  # gathered at a time
 
 
