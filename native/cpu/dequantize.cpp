@@ -36,7 +36,7 @@ ZO_INLINE void read_f16(const uint8_t * from, int64_t n, float * to) {
 constexpr int BLOCK = 32;  // values, of the types below; 16 bytes hold two half blocks of 4 bits
 
 // { f16 d; 16 bytes }: d * (q - 8)
-ZO_INLINE void read_q4_0(const uint8_t * from, int64_t n, float * to) {
+ZO_INLINE void read_q4_0(const uint8_t * __restrict from, int64_t n, float * __restrict to) {
     for (; n > 0; n -= BLOCK, from += 18, to += BLOCK) {
         const float d = f16_at(from);
         for (int i = 0; i < 16; ++i) {
@@ -49,7 +49,7 @@ ZO_INLINE void read_q4_0(const uint8_t * from, int64_t n, float * to) {
 }
 
 // { f16 d; f16 m; 16 bytes }: d * q + m
-ZO_INLINE void read_q4_1(const uint8_t * from, int64_t n, float * to) {
+ZO_INLINE void read_q4_1(const uint8_t * __restrict from, int64_t n, float * __restrict to) {
     for (; n > 0; n -= BLOCK, from += 20, to += BLOCK) {
         const float d = f16_at(from), m = f16_at(from + 2);
         for (int i = 0; i < 16; ++i) {
@@ -57,16 +57,6 @@ ZO_INLINE void read_q4_1(const uint8_t * from, int64_t n, float * to) {
         }
         for (int i = 0; i < 16; ++i) {
             to[16 + i] = d * (float) (int) (from[4 + i] >> 4) + m;
-        }
-    }
-}
-
-// { f16 d; 32 signed bytes }: d * q
-ZO_INLINE void read_q8_0(const uint8_t * from, int64_t n, float * to) {
-    for (; n > 0; n -= BLOCK, from += 34, to += BLOCK) {
-        const float d = f16_at(from);
-        for (int i = 0; i < BLOCK; ++i) {
-            to[i] = d * (float) (int8_t) from[2 + i];
         }
     }
 }
@@ -88,7 +78,7 @@ ZO_INLINE void read_half_q6_k(const uint8_t * low, const uint8_t * high, const u
 }
 
 // { 128 bytes low; 64 bytes high; 16 signed scales; f16 d }: d * scale * (q - 32)
-ZO_INLINE void read_q6_k(const uint8_t * from, int64_t n, float * to) {
+ZO_INLINE void read_q6_k(const uint8_t * __restrict from, int64_t n, float * __restrict to) {
     for (; n > 0; n -= 256, from += 210, to += 256) {
         const float d = f16_at(from + 208);
         for (int half = 0; half < 2; ++half) {
@@ -116,8 +106,6 @@ void dequantize(ggml_type type, const char * from, int64_t n, float * to) {
         return vectorized<read_q4_0>(bytes, n, to);
     case GGML_TYPE_Q4_1:
         return vectorized<read_q4_1>(bytes, n, to);
-    case GGML_TYPE_Q8_0:
-        return vectorized<read_q8_0>(bytes, n, to);
     case GGML_TYPE_Q6_K:
         return vectorized<read_q6_k>(bytes, n, to);
     default:
