@@ -48,7 +48,7 @@ void zo_feedback::make_plan() {
     planned = false;
     gathered_.clear();
     plan_   = zo::make_plan(graph_, graph_tokens_, graph_outputs_,
-                            [&](std::string_view name) { return tracked.contains(name); });
+                            [&](std::string_view name) { return tracked.rank_of(name); });
     planned = true;
 }
 
@@ -73,8 +73,10 @@ bool zo_feedback::wants(const ggml_tensor * node) noexcept {
             state_  = state::idle;
             return false;
         }
-        const int32_t number = graph_.nodes[position_++];
-        return plan_.tensors[(size_t) number].needed || number == plan_.rows || OUTPUT_NODE == node->name;
+        const int32_t           number       = graph_.nodes[position_++];
+        const zo::plan_tensor & planned_node = plan_.tensors[(size_t) number];
+        return planned_node.needed || planned_node.projected || number == plan_.rows ||
+               OUTPUT_NODE == node->name;
     } catch (const std::exception & e) {
         fail(e.what());
         return false;
@@ -104,11 +106,24 @@ void zo_feedback::take(const ggml_tensor * node) {
     if (number == plan_.rows) {
         check_rows(node);
     }
-    if (planned_node.needed) {
-        gathered_.take(number, node, planned_node.of_outputs, staged(node));
+    if (planned_node.needed || planned_node.projected) {
+        const zo::gathered_values & values =
+            gathered_.take(number, node, planned_node.of_outputs, staged(node), planned_node.needed);
+        project(number, values);
     }
     if (OUTPUT_NODE == node->name) {
         keep_logits(node);
+    }
+}
+
+void zo_feedback::project(int32_t number, const zo::gathered_values & values) {
+    const auto & all = plan_.projections;
+    auto         p   = std::lower_bound(all.begin(), all.end(), number,
+                                        [](const zo::projection & a, int32_t n) { return a.input < n; });
+    for (; p != all.end() && p->input == number; ++p) {
+        const zo::graph_tensor & product = graph_.tensors[(size_t) p->product];
+        const std::string &      name    = graph_.tensors[(size_t) product.src[0]].name;
+        gathered_.project(p->product, *tracked.matrices.find(name), values, n_threads);
     }
 }
 

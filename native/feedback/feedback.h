@@ -51,6 +51,7 @@ private:
 
     void                        fail(std::string text);
     void                        take(const ggml_tensor * node);
+    void                        project(int32_t number, const zo::gathered_values & values);
     void                        keep_logits(const ggml_tensor * node);
     void                        check_rows(const ggml_tensor * node);
     bool                        staged(const ggml_tensor * node) const;

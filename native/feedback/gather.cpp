@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/gemm.h"
 #include "ggml-backend.h"
 
 namespace zo {
@@ -76,7 +77,8 @@ void gatherer::begin(std::vector<int32_t> token_columns, std::vector<int32_t> ou
     n_outputs_      = n_outputs;
 }
 
-void gatherer::take(int32_t number, const ggml_tensor * node, bool of_outputs, bool staged) {
+const gathered_values & gatherer::take(int32_t number, const ggml_tensor * node, bool of_outputs, bool staged,
+                                       bool keep) {
     const int64_t n_columns = of_outputs ? n_outputs_ : n_tokens_, n = ggml_nelements(node) / n_columns;
     if (n * n_columns != ggml_nelements(node)) {
         throw std::runtime_error(std::string(node->name) + " has other columns than the batch");
@@ -85,11 +87,22 @@ void gatherer::take(int32_t number, const ggml_tensor * node, bool of_outputs, b
         throw std::runtime_error(std::string(node->name) + " has values of another type than f32");
     }
     const std::vector<int32_t> & columns = of_outputs ? output_columns_ : token_columns_;
+    gathered_values &            to      = keep ? values_[number] : passing_;
     if (node->type == GGML_TYPE_I32) {
-        copy_columns(node, staged, columns, n, values_[number].ints);
+        copy_columns(node, staged, columns, n, to.ints);
     } else {
-        copy_columns(node, staged, columns, n, values_[number].floats);
+        copy_columns(node, staged, columns, n, to.floats);
     }
+    return to;
+}
+
+void gatherer::project(int32_t product, const tracked_matrix & matrix, const gathered_values & x,
+                       int n_threads) {
+    const int64_t        n  = (int64_t) x.floats.size() / matrix.n_cols;
+    std::vector<float> & to = projected_[product];
+    to.assign((size_t) (n * matrix.rank), 0.0f);
+    gemm_add(gemm_pack(x.floats.data(), n, matrix.n_cols, matrix.n_cols, 1), matrix.right_transposed.data(),
+             matrix.rank, matrix.rank, to.data(), matrix.rank, n_threads);
 }
 
 }  // namespace zo

@@ -28,9 +28,8 @@ bool repeats_within(const graph_tensor & b, const graph_tensor & out, int k) {
 
 class planner {
 public:
-    planner(const graph & graph, int64_t n_tokens, int64_t n_outputs,
-            const std::function<bool(std::string_view)> & tracked)
-        : graph_(graph), tracked_(tracked), n_tokens_(n_tokens), n_outputs_(n_outputs) {
+    planner(const graph & graph, int64_t n_tokens, int64_t n_outputs, const rank_of_weight & rank)
+        : graph_(graph), rank_(rank), n_tokens_(n_tokens), n_outputs_(n_outputs) {
         plan_.tensors.resize(graph.tensors.size());
     }
 
@@ -82,13 +81,14 @@ private:
     void count_bytes();
 
     // What a tracked node needs beside what its edges do.
-    std::vector<int32_t> own_needs(int32_t node) const;
-    bool                 is_tracked(int32_t node) const;
+    int32_t own_need(int32_t node) const;
+    bool    is_tracked(int32_t node) const { return rank_of(node) >= 0; }
+    int64_t rank_of(int32_t node) const;
 
-    const graph &                                 graph_;
-    const std::function<bool(std::string_view)> & tracked_;
-    int64_t                                       n_tokens_, n_outputs_;
-    reverse_plan                                  plan_;
+    const graph &          graph_;
+    const rank_of_weight & rank_;
+    int64_t                n_tokens_, n_outputs_;
+    reverse_plan           plan_;
 };
 
 void planner::start_at_output() {
@@ -301,19 +301,13 @@ void planner::visit_gated(int32_t node) {
     }
 }
 
-bool planner::is_tracked(int32_t node) const {
+int64_t planner::rank_of(int32_t node) const {
     const int32_t weight = plan_.tensors[(size_t) node].weight;
-    return weight >= 0 && tracked_(tensor(weight).name);
+    return weight >= 0 ? rank_(tensor(weight).name) : -1;
 }
 
-std::vector<int32_t> planner::own_needs(int32_t node) const {
-    const graph_tensor & t = tensor(node);
-    switch (t.kind) {
-    case op_kind::mul_mat:
-        return { t.src[1] };
-    default:
-        return { t.src[0] };
-    }
+int32_t planner::own_need(int32_t node) const {
+    return tensor(node).src[tensor(node).kind == op_kind::mul_mat ? 1 : 0];
 }
 
 void planner::mark_useful() {
@@ -332,15 +326,17 @@ void planner::mark_useful() {
 }
 
 void planner::mark_needed() {
-    const auto need = [&](int32_t number, bool of_outputs) {
-        if (number < 0 || tensor(number).is_weight) {
-            return;
-        }
+    const auto place = [&](int32_t number, bool of_outputs) -> plan_tensor & {
         plan_tensor & value = planned(number);
         if (value.per_token == 0) {  // constant, as far as gradients go
             value.of_outputs = of_outputs;
         }
-        value.needed = true;
+        return value;
+    };
+    const auto need = [&](int32_t number, bool of_outputs) {
+        if (number >= 0 && !tensor(number).is_weight) {
+            place(number, of_outputs).needed = true;
+        }
     };
     for (const int32_t node : graph_.nodes) {
         const plan_tensor at = planned(node);
@@ -354,16 +350,26 @@ void planner::mark_needed() {
                 }
             }
         }
-        if (is_tracked(node)) {
-            for (const int32_t number : own_needs(node)) {
-                need(number, at.of_outputs);
-            }
+        if (rank_of(node) > 0) {
+            const int32_t input                   = tensor(node).src[1];
+            place(input, at.of_outputs).projected = true;
+            plan_.projections.push_back({ input, node });
+        } else if (is_tracked(node)) {
+            need(own_need(node), at.of_outputs);
         }
     }
+    std::sort(plan_.projections.begin(), plan_.projections.end(),
+              [](const projection & a, const projection & b) {
+                  return a.input != b.input ? a.input < b.input : a.product < b.product;
+              });
 }
 
 void planner::count_bytes() {
     int64_t values = 0;
+    for (const projection & p : plan_.projections) {
+        const int64_t columns = tensor(p.input).n_elements() / tensor(p.input).ne[0];
+        values += columns / n_columns(p.input) * rank_of(p.product);
+    }
     for (size_t i = 0; i < plan_.tensors.size(); ++i) {
         if (plan_.tensors[i].needed) {
             values += graph_.tensors[i].n_elements() / n_columns((int32_t) i);
@@ -402,8 +408,8 @@ int token_dimensions(const graph_tensor & t, int64_t per_token) {
 }
 
 reverse_plan make_plan(const graph & graph, int64_t n_tokens, int64_t n_outputs,
-                       const std::function<bool(std::string_view)> & tracked) {
-    return planner(graph, n_tokens, n_outputs, tracked).make();
+                       const rank_of_weight & rank) {
+    return planner(graph, n_tokens, n_outputs, rank).make();
 }
 
 }  // namespace zo

@@ -121,7 +121,7 @@ void reverse_pass::back_head(const sparse_columns & dy) {
         back_head_overlays(weight, dy, dx);
     }
     if (const tracked_matrix * matrix = tracked_.matrices.find(weight.name)) {
-        track_head(tracked_.matrices.weights[matrix->id], gathered_.floats(head.src[1]), dy);
+        track_head(tracked_.matrices.weights[matrix->id], dy);
     }
 }
 
@@ -157,8 +157,9 @@ void reverse_pass::back_head_overlays(const graph_tensor & weight, const sparse_
     });
 }
 
-void reverse_pass::track_head(tracked_matrix & matrix, const float * x, const sparse_columns & dy) {
+void reverse_pass::track_head(tracked_matrix & matrix, const sparse_columns & dy) {
     if (matrix.rank == 0) {
+        const float * x = gathered_.floats(tensor(plan_.head).src[1]);
         matrix.x.assign(x, x + n_ * matrix.n_cols);
         matrix.dy.assign((size_t) (n_ * matrix.n_rows), 0.0f);
         for_each_entry(dy, [&](int64_t column, int64_t row, float value) {
@@ -166,20 +167,12 @@ void reverse_pass::track_head(tracked_matrix & matrix, const float * x, const sp
         });
         return;
     }
-    const std::vector<float> inner = project(matrix, x, n_);
+    const float * inner = gathered_.projected(plan_.head);
     for_each_entry(dy, [&](int64_t column, int64_t row, float value) {
         for (int64_t r = 0; r < matrix.rank; ++r) {
-            matrix.gradient[(size_t) (r * matrix.n_rows + row)] +=
-                value * inner[(size_t) (column * matrix.rank + r)];
+            matrix.gradient[(size_t) (r * matrix.n_rows + row)] += value * inner[column * matrix.rank + r];
         }
     });
-}
-
-std::vector<float> reverse_pass::project(const tracked_matrix & matrix, const float * x, int64_t n) const {
-    std::vector<float> inner((size_t) (n * matrix.rank));
-    gemm_add(gemm_pack(x, n, matrix.n_cols, matrix.n_cols, 1), matrix.right_transposed.data(), matrix.rank,
-             matrix.rank, inner.data(), matrix.rank, n_threads_);
-    return inner;
 }
 
 void reverse_pass::back_product(int32_t node, const rows & dy) {
@@ -192,7 +185,7 @@ void reverse_pass::back_product(int32_t node, const rows & dy) {
         back_overlays(weight, dy, packed, dx);
     }
     if (const tracked_matrix * matrix = tracked_.matrices.find(weight.name)) {
-        track_matrix(tracked_.matrices.weights[matrix->id], gathered_.floats(t.src[1]), dy, n_columns);
+        track_matrix(node, tracked_.matrices.weights[matrix->id], dy, n_columns);
     }
 }
 
@@ -227,16 +220,15 @@ void reverse_pass::back_overlays(const graph_tensor & weight, const rows & dy, c
     }
 }
 
-void reverse_pass::track_matrix(tracked_matrix & matrix, const float * x, const rows & dy,
-                                int64_t n_columns) {
+void reverse_pass::track_matrix(int32_t node, tracked_matrix & matrix, const rows & dy, int64_t n_columns) {
     if (matrix.rank == 0) {
+        const float * x = gathered_.floats(tensor(node).src[1]);
         matrix.x.assign(x, x + n_columns * matrix.n_cols);
         matrix.dy = dy;
         return;
     }
-    const std::vector<float> inner = project(matrix, x, n_columns);
-    gemm_add(gemm_pack(inner.data(), matrix.rank, n_columns, 1, matrix.rank), dy.data(), matrix.n_rows,
-             matrix.n_rows, matrix.gradient.data(), matrix.n_rows, n_threads_);
+    gemm_add(gemm_pack(gathered_.projected(node), matrix.rank, n_columns, 1, matrix.rank), dy.data(),
+             matrix.n_rows, matrix.n_rows, matrix.gradient.data(), matrix.n_rows, n_threads_);
 }
 
 void reverse_pass::back_experts(int32_t node, const rows & dy) {

@@ -50,7 +50,7 @@ private:
 
     void back_head(const sparse_columns & dy);
     void back_head_overlays(const graph_tensor & weight, const sparse_columns & dy, float * dx);
-    void track_head(tracked_matrix & matrix, const float * x, const sparse_columns & dy);
+    void track_head(tracked_matrix & matrix, const sparse_columns & dy);
     // Passes a gradient on unchanged.
     void pass_on(int32_t node, int slot, rows && dy);
 
@@ -67,9 +67,7 @@ private:
     void back_repeated(int32_t node, const rows & dy);
     void back_unary(int32_t node, const rows & dy);
 
-    // right * x for n columns, [n][rank].
-    std::vector<float> project(const tracked_matrix & matrix, const float * x, int64_t n) const;
-    void track_matrix(tracked_matrix & matrix, const float * x, const rows & dy, int64_t n_columns);
+    void track_matrix(int32_t node, tracked_matrix & matrix, const rows & dy, int64_t n_columns);
 
     const graph &           graph_;
     const reverse_plan &    plan_;

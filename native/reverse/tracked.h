@@ -35,8 +35,11 @@ struct tracked_weights {
     named_weights<tracked_matrix> matrices;
     named_weights<tracked_gain>   gains;
 
-    bool contains(std::string_view name) const {
-        return matrices.find(name) != nullptr || gains.find(name) != nullptr;
+    bool contains(std::string_view name) const { return rank_of(name) >= 0; }
+    // Of a matrix; 0 for a gain, -1 for what is not tracked.
+    int64_t rank_of(std::string_view name) const {
+        const tracked_matrix * matrix = matrices.find(name);
+        return matrix != nullptr ? matrix->rank : gains.find(name) != nullptr ? 0 : -1;
     }
 };
 

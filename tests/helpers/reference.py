@@ -60,7 +60,11 @@ def rows_to_hf(name: str, n_rows: int, config: object) -> NDArray[np.int64]:
 
 def torch_model(hf_dir: Path, gguf_path: Path) -> torch.nn.Module:
     """The Hugging Face model in float32 with every weight read from the GGUF."""
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    return fill(AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32), gguf_path)
+
+
+def fill(model: torch.nn.Module, gguf_path: Path) -> torch.nn.Module:
+    """Give a float32 model the values of a GGUF, all of them."""
     file = GgufFile(gguf_path)
     parameters = dict(model.named_parameters())
     seen = set()
@@ -150,6 +154,7 @@ def add_delta(
 __all__ = [
     "add_delta",
     "directional_derivatives",
+    "fill",
     "hf_name",
     "torch_loss",
     "torch_model",
