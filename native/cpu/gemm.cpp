@@ -66,9 +66,9 @@ ZO_INLINE void multiply(const float * panel, int64_t depth, const float * b, int
     }
 }
 
-// c[0 .. N * W) += value * b[row - first] for all rows.
+// c[0 .. N * W) += value * b[place[row]] for all rows.
 template <int W, int N>
-ZO_INLINE void add_rows(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+ZO_INLINE void add_rows(const scaled_row * rows, int64_t n_rows, const int32_t * place, const float * b,
                         int64_t b_stride, float * c) {
     typedef typename lanes_of<W>::type lanes;
     lanes                              sum[N];
@@ -76,7 +76,7 @@ ZO_INLINE void add_rows(const scaled_row * rows, int64_t n_rows, int64_t first, 
         std::memcpy(&sum[j], c + j * W, sizeof(lanes));
     }
     for (int64_t i = 0; i < n_rows; ++i) {
-        const float * from = b + (rows[i].row - first) * b_stride;
+        const float * from = b + place[rows[i].row] * b_stride;
         for (int j = 0; j < N; ++j) {
             lanes row;
             std::memcpy(&row, from + j * W, sizeof(lanes));
@@ -97,11 +97,11 @@ struct kernels {
             multiply<W, N>(panel, depth, b + j, b_stride, c + j, c_stride);
         }
     }
-    ZO_INLINE static void add_all(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
-                                  int64_t b_stride, float * c) {
+    ZO_INLINE static void add_all(const scaled_row * rows, int64_t n_rows, const int32_t * place,
+                                  const float * b, int64_t b_stride, float * c) {
         constexpr int n = N < 4 ? 2 * N : N;  // there are no other sums
         for (int64_t j = 0; j < GEMM_COLUMNS; j += W * n) {
-            add_rows<W, n>(rows, n_rows, first, b + j, b_stride, c + j);
+            add_rows<W, n>(rows, n_rows, place, b + j, b_stride, c + j);
         }
     }
 };
@@ -124,14 +124,14 @@ ZO_X86_V3 void multiply_v3(const float * panel, int64_t depth, const float * b, 
     kernels<8, 2>::multiply_all(panel, depth, b, b_stride, c, c_stride);
 }
 
-ZO_X86_V4 void add_v4(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+ZO_X86_V4 void add_v4(const scaled_row * rows, int64_t n_rows, const int32_t * place, const float * b,
                       int64_t b_stride, float * c) {
-    kernels<16, 4>::add_all(rows, n_rows, first, b, b_stride, c);
+    kernels<16, 4>::add_all(rows, n_rows, place, b, b_stride, c);
 }
 
-ZO_X86_V3 void add_v3(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b,
+ZO_X86_V3 void add_v3(const scaled_row * rows, int64_t n_rows, const int32_t * place, const float * b,
                       int64_t b_stride, float * c) {
-    kernels<8, 2>::add_all(rows, n_rows, first, b, b_stride, c);
+    kernels<8, 2>::add_all(rows, n_rows, place, b, b_stride, c);
 }
 #endif
 
@@ -146,15 +146,15 @@ void multiply_best(const float * panel, int64_t depth, const float * b, int64_t 
     plain::multiply_all(panel, depth, b, b_stride, c, c_stride);
 }
 
-void add_best(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b, int64_t b_stride,
-              float * c) {
+void add_best(const scaled_row * rows, int64_t n_rows, const int32_t * place, const float * b,
+              int64_t b_stride, float * c) {
 #if defined(ZO_X86_LEVELS)
     if (x86_level >= 3) {
-        return x86_level == 4 ? add_v4(rows, n_rows, first, b, b_stride, c)
-                              : add_v3(rows, n_rows, first, b, b_stride, c);
+        return x86_level == 4 ? add_v4(rows, n_rows, place, b, b_stride, c)
+                              : add_v3(rows, n_rows, place, b, b_stride, c);
     }
 #endif
-    plain::add_all(rows, n_rows, first, b, b_stride, c);
+    plain::add_all(rows, n_rows, place, b, b_stride, c);
 }
 
 }  // namespace
@@ -197,14 +197,14 @@ void gemm_block(const gemm_panels & a, int64_t first, int64_t depth, const float
     }
 }
 
-void gemm_add_rows(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b, int64_t b_stride,
-                   int64_t n, float * c) {
+void gemm_add_rows(const scaled_row * rows, int64_t n_rows, const int32_t * place, const float * b,
+                   int64_t b_stride, int64_t n, float * c) {
     if (n == GEMM_COLUMNS) {
-        return add_best(rows, n_rows, first, b, b_stride, c);
+        return add_best(rows, n_rows, place, b, b_stride, c);
     }
     float whole[GEMM_COLUMNS] = {};
     std::memcpy(whole, c, (size_t) n * sizeof(float));
-    add_best(rows, n_rows, first, b, b_stride, whole);
+    add_best(rows, n_rows, place, b, b_stride, whole);
     std::memcpy(c, whole, (size_t) n * sizeof(float));
 }
 

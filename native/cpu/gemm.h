@@ -59,10 +59,10 @@ struct scaled_row {
     float   value;
 };
 
-// c[0 .. n) += the sum of value * b[row - first] over some rows; n <= GEMM_COLUMNS. b[...][b_stride] is read
+// c[0 .. n) += the sum of value * b[place[row]] over some rows; n <= GEMM_COLUMNS. b[...][b_stride] is read
 // up to column GEMM_COLUMNS.
-void gemm_add_rows(const scaled_row * rows, int64_t n_rows, int64_t first, const float * b, int64_t b_stride,
-                   int64_t n, float * c);
+void gemm_add_rows(const scaled_row * rows, int64_t n_rows, const int32_t * place, const float * b,
+                   int64_t b_stride, int64_t n, float * c);
 
 // c[m][n] += a * b with b[k][n] in memory.
 void gemm_add(const gemm_panels & a, const float * b, int64_t b_stride, int64_t n, float * c,

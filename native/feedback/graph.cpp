@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/named.h"
+#include "graph/node.h"
 
 namespace zo {
 
@@ -84,7 +85,10 @@ static graph_tensor record(const ggml_tensor * t) {
     std::memcpy(made.nb, t->nb, sizeof made.nb);
     std::memcpy(made.params, t->op_params, sizeof made.params);
     made.is_weight = made.kind == op_kind::leaf && (t->flags & GGML_TENSOR_FLAG_INPUT) == 0;
-    made.tensor    = made.is_weight ? t : nullptr;
+    // Repacked weights are in memory that is not said to be the host's.
+    if (made.is_weight && in_host_memory(t) && ggml_is_contiguous(t)) {
+        made.data = (const char *) t->data;
+    }
     return made;
 }
 

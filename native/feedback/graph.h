@@ -55,18 +55,18 @@ enum class activation {
 };
 
 struct graph_tensor {
-    std::string         name;  // of a weight: its name in the file
-    std::string         desc;  // ggml's name of the operation
-    op_kind             kind        = op_kind::other;
-    activation          function    = activation::none;
-    bool                is_weight   = false;
-    ggml_type           type        = GGML_TYPE_F32;
-    int64_t             ne[4]       = { 1, 1, 1, 1 };
-    size_t              nb[4]       = { 0, 0, 0, 0 };
-    size_t              view_offset = 0;
-    int32_t             params[4]   = { 0, 0, 0, 0 };
-    int32_t             src[3]      = { -1, -1, -1 };  // numbers of tensors, -1: none
-    const ggml_tensor * tensor      = nullptr;         // of a weight, which outlives the graph
+    std::string  name;  // of a weight: its name in the file
+    std::string  desc;  // ggml's name of the operation
+    op_kind      kind        = op_kind::other;
+    activation   function    = activation::none;
+    bool         is_weight   = false;
+    ggml_type    type        = GGML_TYPE_F32;
+    int64_t      ne[4]       = { 1, 1, 1, 1 };
+    size_t       nb[4]       = { 0, 0, 0, 0 };
+    size_t       view_offset = 0;
+    int32_t      params[4]   = { 0, 0, 0, 0 };
+    int32_t      src[3]      = { -1, -1, -1 };  // numbers of tensors, -1: none
+    const char * data        = nullptr;         // of a weight, where it lies in memory as in the file
 
     int64_t n_elements() const { return ne[0] * ne[1] * ne[2] * ne[3]; }
     float   param(int i) const;

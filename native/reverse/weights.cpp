@@ -5,7 +5,6 @@
 
 #include "core/vectorize.h"
 #include "cpu/dequantize.h"
-#include "ggml-backend.h"
 
 namespace zo {
 
@@ -25,23 +24,22 @@ void weight_table::lend(std::string name, ggml_type type, const void * data, int
 }
 
 weight_bytes weight_table::find(const graph_tensor & weight) const {
-    const ggml_tensor * t = weight.tensor;
-    weight_bytes        bytes;
-    bytes.type        = t->type;
-    bytes.n_cols      = t->ne[0];
-    bytes.n_rows      = t->ne[1];
-    bytes.block       = ggml_blck_size(t->type);
-    bytes.block_bytes = ggml_type_size(t->type);
-    bytes.row_bytes   = ggml_row_size(t->type, t->ne[0]);
-    if (!can_dequantize(t->type)) {
+    weight_bytes bytes;
+    bytes.type        = weight.type;
+    bytes.n_cols      = weight.ne[0];
+    bytes.n_rows      = weight.ne[1];
+    bytes.block       = ggml_blck_size(weight.type);
+    bytes.block_bytes = ggml_type_size(weight.type);
+    bytes.row_bytes   = ggml_row_size(weight.type, weight.ne[0]);
+    if (!can_dequantize(weight.type)) {
         throw std::runtime_error(weight.name + " has a type that cannot be read back");
     }
-    const auto found = lent_.find(weight.name);
-    // Repacked weights are in memory that is not said to be the host's.
-    if ((t->buffer == nullptr || ggml_backend_buffer_is_host(t->buffer)) && ggml_is_contiguous(t)) {
-        bytes.data = (const char *) t->data;
-    } else if (found != lent_.end() && found->second.type == t->type &&
-               found->second.n_bytes == (int64_t) ggml_nbytes(t)) {
+    const auto    found  = lent_.find(weight.name);
+    const int64_t n_rows = weight.n_elements() / weight.ne[0];
+    if (weight.data != nullptr) {
+        bytes.data = weight.data;
+    } else if (found != lent_.end() && found->second.type == weight.type &&
+               found->second.n_bytes == n_rows * (int64_t) bytes.row_bytes) {
         bytes.data = found->second.data;
     } else {
         throw std::runtime_error("the values of " + weight.name + " are not at hand");
@@ -68,23 +66,18 @@ void add_transposed_product(const weight_bytes & w, const gemm_panels & dy, floa
              });
 }
 
-// Which rows any column has, ascending; the columns' rows become places among them.
-static std::vector<int32_t> number_rows(sparse_columns & dy, int64_t n_rows) {
-    std::vector<int32_t> place((size_t) n_rows, -1), used;
+// Which rows any column has, ascending.
+static std::vector<int32_t> used_rows(const sparse_columns & dy, int64_t n_rows) {
+    std::vector<char> is_used((size_t) n_rows);
     for (const std::vector<scaled_row> & column : dy) {
         for (const scaled_row & entry : column) {
-            place[(size_t) entry.row] = 0;
+            is_used[(size_t) entry.row] = 1;
         }
     }
+    std::vector<int32_t> used;
     for (int32_t row = 0; row < (int32_t) n_rows; ++row) {
-        if (place[(size_t) row] == 0) {
-            place[(size_t) row] = (int32_t) used.size();
+        if (is_used[(size_t) row] != 0) {
             used.push_back(row);
-        }
-    }
-    for (std::vector<scaled_row> & column : dy) {
-        for (scaled_row & entry : column) {
-            entry.row = place[(size_t) entry.row];
         }
     }
     return used;
@@ -92,29 +85,33 @@ static std::vector<int32_t> number_rows(sparse_columns & dy, int64_t n_rows) {
 
 void add_transposed_product(const weight_bytes & w, const sparse_columns & dy, float * dx, int n_threads) {
     constexpr int64_t          n_together = 128, most = 1024;  // rows and columns that are read before use
-    sparse_columns             numbered = dy;
-    const std::vector<int32_t> used     = number_rows(numbered, w.n_rows);
-    const int64_t              n_used   = (int64_t) used.size();
+    const std::vector<int32_t> used   = used_rows(dy, w.n_rows);
+    const int64_t              n_used = (int64_t) used.size();
+    std::vector<int32_t>       place((size_t) w.n_rows);  // of a used row among those that are read with it
+    for (int64_t i = 0; i < n_used; ++i) {
+        place[(size_t) used[(size_t) i]] = (int32_t) (i % n_together);
+    }
     const int64_t share = std::min(most, (w.n_cols + n_threads - 1) / n_threads), unit = w.width();
     const int64_t width = (share + unit - 1) / unit * unit;
     parallel_for((w.n_cols + width - 1) / width, n_threads, [&](int64_t chunk, int) {
         const int64_t       column = chunk * width, n = std::min(width, w.n_cols - column);
         std::vector<float>  rows((size_t) (n_together * width));
-        std::vector<size_t> done(numbered.size());
+        std::vector<size_t> done(dy.size());
         for (int64_t first = 0; first < n_used; first += n_together) {
             const int64_t end = std::min(n_used, first + n_together);
             for (int64_t i = first; i < end; ++i) {
                 w.row(used[(size_t) i], column, n, rows.data() + (i - first) * width);
             }
-            for (size_t c = 0; c < numbered.size(); ++c) {
-                const std::vector<scaled_row> & entries = numbered[c];
+            const int32_t last = used[(size_t) end - 1];
+            for (size_t c = 0; c < dy.size(); ++c) {
+                const std::vector<scaled_row> & entries = dy[c];
                 const size_t                    start   = done[c];
-                while (done[c] < entries.size() && entries[done[c]].row < end) {
+                while (done[c] < entries.size() && entries[done[c]].row <= last) {
                     done[c] += 1;
                 }
                 for (int64_t j = 0; j < n && done[c] > start; j += GEMM_COLUMNS) {
-                    gemm_add_rows(entries.data() + start, (int64_t) (done[c] - start), first, rows.data() + j,
-                                  width, std::min(GEMM_COLUMNS, n - j),
+                    gemm_add_rows(entries.data() + start, (int64_t) (done[c] - start), place.data(),
+                                  rows.data() + j, width, std::min(GEMM_COLUMNS, n - j),
                                   dx + (int64_t) c * w.n_cols + column + j);
                 }
             }

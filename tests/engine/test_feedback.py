@@ -1,6 +1,8 @@
 """Gradients of the reverse pass against autograd on the same weights, attention detached there."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from tests.helpers.architectures import ARCHITECTURES, LAYERS, Architecture, converted
-from tests.helpers.reference import torch_loss
+from tests.helpers.reference import fill, torch_loss
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import Request
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.feedback import FeedbackPass, counted_inputs, reach
+from zo_gguf.engine.quantize import quantize
 from zo_gguf.errors import ZoError
 
 F32 = NDArray[np.float32]
@@ -105,6 +108,25 @@ def test_matches_autograd(kind: str) -> None:
         assert_same(gradient, wanted[name], name)
     for name in set(wanted) - parts:
         assert_same(found.gains[name], wanted[name] * engine.gguf.dequantize(name), name)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q8_0"])
+def test_quantized(quant: str, tmp_path: Path) -> None:
+    """Weights that the engine may hold in another layout are read from the file."""
+    architecture, pair, rows = ARCHITECTURES["llama"], converted("llama"), examples()
+    path = tmp_path / f"{quant}.gguf"
+    quantize(pair.gguf, path, quant)
+    with Engine(path, n_threads=1) as engine:
+        tracked = dict.fromkeys(reach(engine).matrices)
+        with FeedbackPass(engine, tracked) as feedback:
+            found = feedback.gradients(rows).matrices
+    model = fill(deepcopy(pair.model), path)
+    detach(model, architecture)
+    model.zero_grad()
+    (sum(torch_loss(model, row) for row in rows) / len(rows)).backward()
+    wanted = references(model, architecture)
+    for name in tracked:
+        assert cosine(found[name], wanted[name]) > 0.995, name
 
 
 def assert_same(found: F32, wanted: F32, name: str) -> None:

@@ -71,6 +71,37 @@ def doubled(graph: Graph, h: list[int]) -> int:
     return graph.op("mul_mat", graph.tensor(WIDE, "wide.weight"), h[0])
 
 
+def chosen(graph: Graph) -> int:
+    """The experts of each output, (HEADS, N_OUTPUTS), as a node."""
+    ids = graph.tensor(EXPERT_IDS, "ids", is_input=True)
+    return graph.op("view_2d", ids, HEADS, N_OUTPUTS, 4 * HEADS, 0)
+
+
+def experts(graph: Graph, h: list[int]) -> int:
+    """Each of a token's experts reads its own part, then all of them read all of the first one."""
+    parts = reshape(graph, h[0], WIDTH // HEADS, HEADS, N_OUTPUTS)
+    down = graph.tensor(EXPERTS_DOWN, "down_exps.weight")
+    own = graph.op("mul_mat_id", down, parts, chosen(graph))
+    own = graph.op("add_id", own, graph.tensor(EXPERTS_BIAS, "down_exps.bias"), chosen(graph))
+    up = graph.tensor(EXPERTS_UP, "up_exps.weight")
+    shared = graph.op("mul_mat_id", up, reshape(graph, h[1], WIDTH, 1, N_OUTPUTS), chosen(graph))
+    return reshape(graph, graph.op("mul", own, shared), WIDTH, N_OUTPUTS)
+
+
+def experts_torch(h: list[Tensor]) -> Tensor:
+    down, bias, up = (
+        torch.from_numpy(w[EXPERT_IDS]).double() for w in (EXPERTS_DOWN, EXPERTS_BIAS, EXPERTS_UP)
+    )
+    own = torch.einsum("tkij,tkj->tki", down, heads(h[0])) + bias
+    return (own * torch.einsum("tkij,tj->tki", up, h[1])).flatten(1)
+
+
+EXPERT_IDS = np.array([[0, 4, 2], [3, 1, 0], [2, 0, 4]], np.int32)
+EXPERTS_DOWN = rng.standard_normal((5, 4, 4)).astype(np.float32)
+EXPERTS_BIAS = rng.standard_normal((5, 4)).astype(np.float32)
+EXPERTS_UP = rng.standard_normal((5, 4, WIDTH)).astype(np.float32)
+
+
 WIDE = (rng.standard_normal((2 * WIDTH, WIDTH)) / 2).astype(np.float32)
 
 
@@ -191,6 +222,7 @@ CASES: dict[str, tuple[Ggml, Torch]] = {
         lambda g, h: g.op("swiglu_swapped", doubled(g, h)),
         lambda h: functional.silu(wide(h)[1]) * wide(h)[0],
     ),
+    "experts": (experts, experts_torch),
     "parts of heads": (
         lambda g, h: g.op("mul_mat", g.tensor(NARROW, "narrow.weight"), part(g, h, 1)),
         lambda h: heads(h[0])[:, :, 1:3].flatten(1) @ torch.from_numpy(NARROW).double().T,

@@ -1,4 +1,4 @@
-"""What feedback's gradients are worth, and what they cost: against backpropagation, and a forward pass.
+"""What feedback's gradients are worth against backpropagation, and cost against forward passes.
 
 The engine's gradients of the matrices that feedback reaches are compared with torch's on the same
 dequantized weights and rows: with the whole gradient, and with attention detached. A pass with the
@@ -19,22 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 from numpy.typing import NDArray
 
-from tests.helpers.reference import fill, hf_name, torch_loss
 from tools.bench.hook import Plain, seconds
+from tools.bench.layers import layer_of, n_layers, tops
 from zo_gguf.data.dataset import Example, load_examples
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.feedback import FeedbackPass, reach
 from zo_gguf.engine.model import default_threads
 from zo_gguf.errors import ZoError
-from zo_gguf.gguf_files.file import GgufFile
 
 RANK = 32
 CTX_TOKENS = 2048
-WRITERS = ("attn_output", "ffn_down")  # matrices whose outputs are added to the stream
-Gradients = dict[str, NDArray[np.float32]]
 
 
 def main() -> int:
@@ -58,6 +54,8 @@ def main() -> int:
         with Engine(options.model, n_threads=options.threads, ctx_tokens=CTX_TOKENS) as engine:
             rows = load_examples(options.data, engine)[: options.rows]
             if not options.no_cosines:
+                from tools.bench.cosines import print_cosines  # torch would count as memory
+
                 print_cosines(engine, rows)
             print_costs(engine, rows, options)
     except ZoError as e:
@@ -66,99 +64,13 @@ def main() -> int:
     return 0
 
 
-# ---- cosines -------------------------------------------------------------------------------------
-
-
-def print_cosines(engine: Engine, rows: Sequence[Example]) -> None:
-    """Of the engine's gradients with torch's, joint over the layers from some layer on."""
-    names = [name for name in reach(engine).matrices if name.startswith("blk.")]
-    with FeedbackPass(engine, dict.fromkeys(names)) as feedback:
-        found = feedback.gradients(rows).matrices
-    model = torch_llama(engine.gguf)
-    whole = torch_gradients(model, rows, names)
-    detach_attention(model)
-    detached = torch_gradients(model, rows, names)
-    print("| layers | writers, whole | all, whole | all, detached | worst matrix, detached |")
-    print("|---|---|---|---|---|")
-    for n_top, label in tops(engine).items():
-        inside = [name for name in names if layer_of(name) >= n_layers(engine) - n_top]
-        writers = [name for name in inside if name.split(".")[2] in WRITERS]
-        worst = min(inside, key=lambda name: cosine(found, detached, [name]))
-        print(
-            f"| {label} | {cosine(found, whole, writers):.4f} | {cosine(found, whole, inside):.4f} "
-            f"| {cosine(found, detached, inside):.4f} "
-            f"| {cosine(found, detached, [worst]):.4f} ({worst}) |",
-            flush=True,
-        )
-
-
-def torch_llama(gguf: GgufFile) -> Any:
-    """The model in torch, with dequantized weights.
-
-    Raises:
-        ZoError: Another architecture than llama's.
-    """
-    if gguf.architecture != "llama":
-        raise ZoError(f"Cosines need a model of llama's architecture, not {gguf.architecture!r}.")
-
-    def read(key: str) -> Any:
-        return gguf.metadata(f"llama.{key}")
-
-    n_heads = read("attention.head_count")
-    config = transformers.LlamaConfig(
-        vocab_size=gguf.info("token_embd.weight").shape[0],
-        hidden_size=read("embedding_length"),
-        intermediate_size=read("feed_forward_length"),
-        num_hidden_layers=read("block_count"),
-        num_attention_heads=n_heads,
-        num_key_value_heads=read("attention.head_count_kv") or n_heads,
-        rms_norm_eps=read("attention.layer_norm_rms_epsilon"),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(read("rope.freq_base") or 1e4),
-        },
-        max_position_embeddings=read("context_length"),
-        tie_word_embeddings="output.weight" not in gguf.tensors,
-    )
-    return fill(transformers.LlamaForCausalLM(config).float(), gguf.path)
-
-
-def detach_attention(model: Any) -> None:
-    """Take what attention reads as constant."""
-
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
-
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def torch_gradients(model: Any, rows: Sequence[Example], names: Sequence[str]) -> Gradients:
-    """Of the mean loss with respect to matrices, by their GGUF names."""
-    model.zero_grad()
-    for row in rows:
-        (torch_loss(model, row) / len(rows)).backward()
-    parameters = dict(model.named_parameters())
-    return {name: parameters[hf_name(name)].grad.numpy().copy() for name in names}
-
-
-def cosine(a: Gradients, b: Gradients, names: Sequence[str]) -> float:
-    """Of the gradients of some matrices together."""
-    dot, squares_a, squares_b = (
-        sum(float(np.vdot(x[name], y[name])) for name in names) for x, y in ((a, b), (a, a), (b, b))
-    )
-    return float(dot / np.sqrt(squares_a * squares_b))
-
-
 # ---- costs ---------------------------------------------------------------------------------------
 
 
 def print_costs(engine: Engine, rows: Sequence[Example], options: argparse.Namespace) -> None:
     """Of passes with gradients, in forward passes, and peak memory."""
     plain = Plain(options.model, list(rows), options.threads)
-    print(
-        "| layers | tokens | counted | bytes per counted | same decodes | stock llama.cpp | memory |"
-    )
+    print("| layers | tokens | counted | bytes each | same decodes | stock llama.cpp | memory |")
     print("|---|---|---|---|---|---|---|")
     for n_top, label in tops(engine).items():
         with FeedbackPass(engine, factors(engine, n_top)) as feedback:
@@ -220,25 +132,6 @@ def memory_job(options: argparse.Namespace) -> None:
         run(rows)
         status = Path("/proc/self/status").read_text()
         print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
-
-
-# ---- layers --------------------------------------------------------------------------------------
-
-
-def n_layers(engine: Engine) -> int:
-    """Of the model."""
-    return int(engine.gguf.metadata(f"{engine.gguf.architecture}.block_count"))
-
-
-def layer_of(name: str) -> int:
-    """The layer of a tensor "blk.LAYER.part.weight"."""
-    return int(name.split(".")[1])
-
-
-def tops(engine: Engine) -> dict[int, str]:
-    """How many of the last layers are looked at, and in words."""
-    n = n_layers(engine)
-    return {1: "last", max(1, round(n / 4)): "top quarter", n // 2: "top half", n: "all"}
 
 
 if __name__ == "__main__":
