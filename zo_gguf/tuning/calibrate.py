@@ -63,12 +63,7 @@ def resolve(
     """
     estimator, said = estimator_of(config), list[str]()
     if not estimator.probes:
-        if config.learning_rate is None:
-            found = search_rate(config, trainable, engine, draw)
-            config = replace(config, learning_rate=found.rate)
-            said.append(found.render())
-        said.append(f"learning rate {config.learning_rate:g}")
-        return replace(config, threads=engine.n_threads, path=engine.path), said
+        return _resolve_gradients(config, trainable, engine, draw)
     n_rows = estimator.examples_per_step
     rows = [row for step in range(_measured_steps(n_rows)) for row in draw(step)]
     reach = None  # how far the loss is linear
@@ -104,6 +99,19 @@ def resolve(
         config = replace(config, learning_rate=rate)
 
     said.append(f"eps {config.eps:g}, learning rate {config.learning_rate:g}")
+    return replace(config, threads=engine.n_threads, path=engine.path), said
+
+
+def _resolve_gradients(
+    config: TuneConfig, trainable: Trainable, engine: Engine, draw: Draw
+) -> tuple[TuneConfig, list[str]]:
+    """As `resolve`, for an estimator that needs a learning rate alone."""
+    said = []
+    if config.learning_rate is None:
+        found = search_rate(config, trainable, engine, draw)
+        config = replace(config, learning_rate=found.rate)
+        said.append(found.render())
+    said.append(f"learning rate {config.learning_rate:g}")
     return replace(config, threads=engine.n_threads, path=engine.path), said
 
 

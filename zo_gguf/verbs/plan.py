@@ -122,9 +122,7 @@ def plan(config: TuneConfig) -> PlanResult:
         draw, valid = load_rows(config, engine)
         said = method.look(engine, draw)
         trial = dataclasses.replace(config, eps=_TRIAL_EPS)
-        fastest, asked, saved = 1, 1, 0.0
-        if estimator.probes:
-            fastest, asked, saved = _fastest(engine, draw, config, estimator.n_probes)
+        fastest, asked, saved = _fastest(engine, draw, config, estimator)
         engine.probes_per_decode = asked
         per_step, tokens = _time_steps(engine, draw, trial)
         grown = psutil.Process().memory_info().rss - before
@@ -178,10 +176,12 @@ def _bytes_inside(delta: Delta, *, last: bool) -> int:
 
 
 def _fastest(
-    engine: Engine, draw: Draw, config: TuneConfig, n_probes: int
+    engine: Engine, draw: Draw, config: TuneConfig, estimator: Estimator
 ) -> tuple[int, int, float]:
     """The fastest number of probes in a decode, the one asked for, and what share it would save."""
-    seconds = choose_width(engine, draw(0), n_probes)
+    if not estimator.probes:
+        return 1, 1, 0.0
+    seconds = choose_width(engine, draw(0), estimator.n_probes)
     fastest = engine.probes_per_decode
     if config.probes_per_decode == "auto":
         return fastest, fastest, 0.0
