@@ -221,6 +221,12 @@ def test_plan_says_what_is_kept(options: dict[str, Any], tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_it_is_a_lora_as_it_stands(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tuned.lora.gguf"
+    result = merge(MergeConfig(run=str(finished), output=str(output), lora=True, threads=1))
+    assert result.retention == pytest.approx(1, abs=0.03)  # 8-bit activations round otherwise
+
+
 def test_merged_files_are_better(finished: Path, options: dict[str, Any], tmp_path: Path) -> None:
     data = {"data": str(Path(options["data"]) / "test.jsonl"), "rows": 48, "threads": 1}
     base = evaluate(EvalConfig(model=options["model"], **data)).loss
