@@ -40,6 +40,7 @@ typedef struct zo_lowrank  zo_lowrank;
 typedef struct zo_gain     zo_gain;
 typedef struct zo_tensors  zo_tensors;
 typedef struct zo_feedback zo_feedback;
+typedef struct zo_moments  zo_moments;
 typedef struct zo_hook     zo_hook;
 
 typedef enum zo_status {
@@ -302,6 +303,56 @@ ZO_API const char * zo_feedback_matrix(const zo_feedback * feedback, int32_t ind
                                        int64_t * n_cols);
 ZO_API const char * zo_feedback_norm(const zo_feedback * feedback, int32_t index, int64_t * n);
 ZO_API const char * zo_feedback_stop(const zo_feedback * feedback, int32_t index);
+
+// ---- quantized weights chosen anew ------------------------------------------------------------------
+
+// A quantized type whose weights are coded one by one: d * scale * level - offset, where the offset is
+// min_sign * minimum, times a sub-minimum where there are such. Places of bits count from the block's first
+// byte, least significant first; of a number's bits, the least significant comes first.
+typedef struct zo_layout {
+    int32_t         block;  // weights
+    int32_t         group;  // weights that share a scale
+    int32_t         block_bytes;
+    int32_t         n_code_bits;
+    const int32_t * code_bits;  // [block][n_code_bits]
+    int32_t         n_levels;   // 2^n_code_bits
+    const int32_t * codes;      // [n_levels]
+    const float *   levels;     // [n_levels] ascending; consecutive integers, or 16 at most
+    int32_t         d_byte;     // of the f16 step
+    int32_t         min_byte;   // of the f16 minimum, -1 without
+    float           min_sign;
+    int32_t         n_scale_bits;  // 0 without sub-scales
+    const int32_t * scale_bits;    // [block / group][n_scale_bits]
+    int32_t         n_scales;      // 2^n_scale_bits
+    const int32_t * scale_codes;   // [n_scales], of scale_low, scale_low + 1, ...
+    int32_t         scale_low;
+    int32_t         n_min_bits;  // 0 without sub-minima
+    const int32_t * min_bits;    // [block / group][n_min_bits]
+} zo_layout;
+
+// Steps, offsets and codes of blocks, so that the weighted squared error of their weights becomes small: from
+// raw [n_blocks][block_bytes] to as many bytes at `found`. target and weight: [n_blocks][block]; a weight of
+// NULL counts all alike. Only the groups that touched [n_blocks][block / group] names change; NULL: all.
+ZO_API zo_status zo_requantize(const zo_layout * layout, int64_t n_blocks, int64_t n_raw, const uint8_t * raw,
+                               int64_t n_target, const float * target, const float * weight,
+                               int64_t n_touched, const uint8_t * touched, int32_t n_threads,
+                               uint8_t * found);
+
+// Second moments of a matrix's inputs, H = x^T x of x [n_samples][n_cols] with n_x values.
+ZO_API zo_status zo_moments_init(zo_moments ** moments, int64_t n_samples, int64_t n_cols, int64_t n_x,
+                                 const float * x, int32_t n_threads);
+ZO_API void      zo_moments_free(zo_moments * moments);
+
+// Codes of some blocks of the matrix, so that e H e becomes small for the rows' errors e: GPTQ (arXiv
+// 2210.17323), then coordinate descent of at most `sweeps` sweeps. Steps and offsets stay. `ridge` times the
+// inputs' mean square is added to H's diagonal. ids [n_blocks]: which blocks, ascending; starts
+// [n_starts][n_blocks][block_bytes] of n_raw bytes: of which each row takes the one that ends best; target
+// [n_blocks][block]. Writes best [n_blocks][block_bytes] and the sum over rows of e H e, without the ridge.
+ZO_API zo_status zo_moments_choose(zo_moments * moments, const zo_layout * layout, double ridge,
+                                   int32_t sweeps, int64_t n_blocks, const int64_t * ids, int32_t n_starts,
+                                   int64_t n_raw, const uint8_t * starts, int64_t n_target,
+                                   const float * target, int32_t n_threads, uint8_t * best,
+                                   double * output_error);
 
 // ---- logits that stay where they are ----------------------------------------------------------------
 

@@ -178,9 +178,9 @@ gemm_panels gemm_pack(const float * a, int64_t m, int64_t k, int64_t row_stride,
 }
 
 void gemm_block(const gemm_panels & a, int64_t first, int64_t depth, const float * b, int64_t b_stride,
-                int64_t n, float * c, int64_t c_stride) {
-    for (int64_t panel = 0; panel < a.n_panels(); ++panel) {
-        const int64_t row = panel * GEMM_ROWS, n_rows = std::min(GEMM_ROWS, a.m - row);
+                int64_t n, float * c, int64_t c_stride, int64_t n_wanted) {
+    for (int64_t row = 0; row < n_wanted; row += GEMM_ROWS) {
+        const int64_t panel = row / GEMM_ROWS, n_rows = std::min(GEMM_ROWS, n_wanted - row);
         float *       out = c + row * c_stride;
         if (n == GEMM_COLUMNS && n_rows == GEMM_ROWS) {
             multiply_best(a.at(panel, first), depth, b, b_stride, out, c_stride);

@@ -27,10 +27,16 @@ struct gemm_panels {
 // Element (i, j) of a lies at a[i * row_stride + j * column_stride].
 gemm_panels gemm_pack(const float * a, int64_t m, int64_t k, int64_t row_stride, int64_t column_stride);
 
-// c[i][0 .. n) += a[i][first .. first + depth) * b for all rows i; n <= GEMM_COLUMNS. b[depth][b_stride] is
-// read up to column GEMM_COLUMNS.
+// c[i][0 .. n) += a[i][first .. first + depth) * b for the rows i < n_rows; n <= GEMM_COLUMNS.
+// b[depth][b_stride] is read up to column GEMM_COLUMNS.
 void gemm_block(const gemm_panels & a, int64_t first, int64_t depth, const float * b, int64_t b_stride,
-                int64_t n, float * c, int64_t c_stride);
+                int64_t n, float * c, int64_t c_stride, int64_t n_rows);
+
+// For all rows.
+inline void gemm_block(const gemm_panels & a, int64_t first, int64_t depth, const float * b, int64_t b_stride,
+                       int64_t n, float * c, int64_t c_stride) {
+    gemm_block(a, first, depth, b, b_stride, n, c, c_stride, a.m);
+}
 
 // c[m][n] += a * b, where piece(first, depth, column, n_columns, to) writes b[first .. first + depth) at
 // n_columns columns to to[depth][width]. `width` columns are made at once, a multiple of GEMM_COLUMNS.

@@ -68,9 +68,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 @pytest.fixture(autouse=True)
-def two_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick ones."""
-    monkeypatch.setattr(merge_module, "ROUNDINGS", (ROUNDINGS[0], ROUNDINGS[2]))
+def two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain re-quantization and the first choice of codes."""
+    monkeypatch.setattr(merge_module, "ROUNDINGS", ROUNDINGS[:1])
 
 
 def config(made: tuple[Path, Path, Path], output: Path, **options: object) -> MergeConfig:
@@ -175,7 +175,7 @@ def test_auto_grows_only_as_far_as_it_must(
     growths = [candidate.growth for candidate in result.tried]
     assert growths == sorted(growths)
     assert growths[0] == 1.0
-    assert len(growths) == 3  # two roundings, then promotions
+    assert len(growths) == 3  # two ways of rounding, then promotions
     assert growths[-1] <= 1.2
     retentions = [candidate.retention.value for candidate in result.tried]
     assert result.retention == max(retentions)

@@ -12,12 +12,16 @@ from zo_gguf.libzo.library import Library as Library
 from zo_gguf.libzo.library import address as address
 from zo_gguf.libzo.library import load as load
 from zo_gguf.libzo.library import pointer as pointer
+from zo_gguf.libzo.quantize import Moments as Moments
+from zo_gguf.libzo.quantize import requantize_blocks as requantize_blocks
 from zo_gguf.libzo.signatures import AT_THETA as AT_THETA
 from zo_gguf.libzo.signatures import FLOATS as FLOATS
+from zo_gguf.libzo.signatures import INTS as INTS
 from zo_gguf.libzo.signatures import NORMAL as NORMAL
 from zo_gguf.libzo.signatures import ON_CPU as ON_CPU
 from zo_gguf.libzo.signatures import PROTOTYPES as PROTOTYPES
 from zo_gguf.libzo.signatures import RADEMACHER as RADEMACHER
+from zo_gguf.libzo.signatures import BlockLayout as BlockLayout
 from zo_gguf.libzo.signatures import Branch as Branch
 from zo_gguf.libzo.signatures import Field as Field
 from zo_gguf.libzo.signatures import Part as Part

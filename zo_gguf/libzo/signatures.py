@@ -10,6 +10,7 @@ from ctypes import (
     c_float,
     c_int32,
     c_int64,
+    c_uint8,
     c_uint32,
     c_uint64,
 )
@@ -110,6 +111,39 @@ class Batch(ctypes.Structure):
         )
 
 
+class BlockLayout(ctypes.Structure):
+    """zo_layout.
+
+    Attributes:
+        arrays: What its pointers lead to; they do not keep it alive themselves.
+    """
+
+    arrays: Sequence[NDArray[Any]]
+
+    _fields_ = (
+        ("block", c_int32),
+        ("group", c_int32),
+        ("block_bytes", c_int32),
+        ("n_code_bits", c_int32),
+        ("code_bits", INTS),
+        ("n_levels", c_int32),
+        ("codes", INTS),
+        ("levels", FLOATS),
+        ("d_byte", c_int32),
+        ("min_byte", c_int32),
+        ("min_sign", c_float),
+        ("n_scale_bits", c_int32),
+        ("scale_bits", INTS),
+        ("n_scales", c_int32),
+        ("scale_codes", INTS),
+        ("scale_low", c_int32),
+        ("n_min_bits", c_int32),
+        ("min_bits", INTS),
+    )
+
+
+BYTES = POINTER(c_uint8)
+
 # name -> (result type, argument types); a test compares this table with the prototypes in zo.h.
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_engine_version": (c_char_p, ()),
@@ -191,6 +225,43 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "zo_feedback_matrix": (c_char_p, (Handle, c_int32, POINTER(c_int64), POINTER(c_int64))),
     "zo_feedback_norm": (c_char_p, (Handle, c_int32, POINTER(c_int64))),
     "zo_feedback_stop": (c_char_p, (Handle, c_int32)),
+    "zo_requantize": (
+        c_int32,
+        (
+            POINTER(BlockLayout),
+            c_int64,
+            c_int64,
+            BYTES,
+            c_int64,
+            FLOATS,
+            FLOATS,
+            c_int64,
+            BYTES,
+            c_int32,
+            BYTES,
+        ),
+    ),
+    "zo_moments_init": (c_int32, (POINTER(Handle), c_int64, c_int64, c_int64, FLOATS, c_int32)),
+    "zo_moments_free": (None, (Handle,)),
+    "zo_moments_choose": (
+        c_int32,
+        (
+            Handle,
+            POINTER(BlockLayout),
+            c_double,
+            c_int32,
+            c_int64,
+            POINTER(c_int64),
+            c_int32,
+            c_int64,
+            BYTES,
+            c_int64,
+            FLOATS,
+            c_int32,
+            BYTES,
+            POINTER(c_double),
+        ),
+    ),
     "zo_discard_init": (c_bool, (ctypes.c_void_p, ctypes.c_void_p, c_uint32)),
     "zo_discard_apply": (None, (ctypes.c_void_p,) * 4),
     "zo_losses": (

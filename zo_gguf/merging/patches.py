@@ -1,8 +1,8 @@
 """New bytes for the touched blocks of every tuned tensor, by several ways of rounding.
 
 `requantize` alone keeps single weights close; with a sample of inputs, `code_search` then makes the
-remaining errors cancel in the outputs. The ways differ little on average, but each leaves an error
-of its own, whose effect on the loss only measuring tells; so merge may try more than one.
+remaining errors cancel in the outputs. Ways to do so differ little on average, but each leaves an
+error of its own, whose effect on the loss only measuring tells; so merge may try more than one.
 """
 
 import math
@@ -11,7 +11,9 @@ import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,30 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from zo_gguf.data.dataset import Example
+from zo_gguf.engine.model import default_threads
 from zo_gguf.engine.readout import MAX_SAMPLES, InputSample, sample_inputs
 from zo_gguf.gguf_files.blocks import layout_of
 from zo_gguf.gguf_files.file import GgufFile, dequantize_rows
-from zo_gguf.merging.code_search import choose_codes
-from zo_gguf.merging.requantize import TUNED_WEIGHT, Patch, block_of, requantize, row_parts
+from zo_gguf.libzo import Moments
+from zo_gguf.merging.code_search import choose_codes, input_moments
+from zo_gguf.merging.requantize import (
+    TUNED_WEIGHT,
+    Patch,
+    block_of,
+    requantize,
+    requantize_whole,
+    row_parts,
+)
 from zo_gguf.params.delta import Delta
 
 _TOGETHER = 1 << 22  # weights of a matrix that are numbers at once
 _MAX_BYTES = 1 << 30  # of inputs in memory
 _MAX_COLUMNS = 16384  # wider matrices have too large second moments
 _MAX_LEVELS = 64  # finer types have no error worth a search
+_READ = MAX_SAMPLES * 5 // 4  # tokens; more of them would mostly be read and not be recorded
+
+
+F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -127,9 +142,17 @@ def plain_patches(
         ZoError: A tensor's type can neither be searched nor quantized to.
     """
     result = PatchFile(folder)
-    for name in tqdm(names, "re-quantizing", unit="matrix", disable=None, leave=False):
-        result.add(name, _requantize(base, delta, name, TUNED_WEIGHT, n_threads))
+    with _progress(delta, names, "re-quantizing") as bar:
+        for name in names:
+            result.add(name, _requantize(base, delta, name, TUNED_WEIGHT, n_threads))
+            bar.update(math.prod(delta.changed[name]))
     return result
+
+
+def _progress(delta: Delta, names: Iterable[str], what: str) -> "tqdm[None]":
+    """A bar that counts weights, so that the time left is that of all matrices, large and small."""
+    total = sum(math.prod(delta.changed[name]) for name in names)
+    return tqdm(total=total, desc=what, unit="weight", unit_scale=True, disable=None, leave=False)
 
 
 def rounded_patches(
@@ -153,19 +176,31 @@ def rounded_patches(
         n_threads: Worker threads.
     """
     result = PatchFile(folder, plain)
-    portions = list(_portions(base, delta))
-    n = sum(map(len, portions))
-    with tqdm(total=n, desc="choosing codes", unit="matrix", disable=None, leave=False) as bar:
+    portions, rows = list(_portions(base, delta)), _enough(examples)
+    n_threads = n_threads or default_threads()
+    with _progress(delta, chain(*portions), "choosing codes") as bar:
         for names in portions:
-            inputs = sample_inputs(base, delta, names, examples, n_threads=n_threads)
-            for name in names:
-                if name in inputs:
-                    patch = _round(
-                        base, delta, name, plain[name], inputs[name], rounding, n_threads
-                    )
-                    result.add(name, patch)
-                bar.update(1)
+            inputs = sample_inputs(base, delta, names, rows, n_threads=n_threads)
+            with ExitStack() as stack:
+                last: InputSample | None = None
+                for name in names:
+                    if name in inputs:
+                        if inputs[name] is not last:  # else it reads the same as the one before
+                            stack.close()
+                            last = inputs[name]
+                            scaled = last.scaled(rounding.counted_share)
+                            moments = input_moments(scaled, n_threads)
+                            stack.callback(moments.free)
+                        patch = _round(base, delta, name, plain[name], moments, rounding, n_threads)
+                        result.add(name, patch)
+                    bar.update(math.prod(delta.changed[name]))
     return result
+
+
+def _enough(examples: Sequence[Example]) -> Sequence[Example]:
+    """The first rows, as many as it takes to record the inputs of."""
+    ends = np.cumsum([len(example.tokens) for example in examples])
+    return examples[: int(np.searchsorted(ends, _READ)) + 1]
 
 
 def _portions(base: GgufFile, delta: Delta) -> Iterator[list[str]]:
@@ -199,18 +234,22 @@ def _requantize(
     n_rows, n_cols = delta.changed[name]
     patches = []
     for first, last in row_parts(n_rows, n_cols, _TOGETHER):
-        indices, theta = delta.entries(name, (first, last))
-        if not indices.size:
-            continue
         start = first * n_cols
-        patch = requantize(
-            raw[first:last],
-            kind,
-            indices - start,
-            theta,
-            tuned_weight=tuned_weight,
-            n_threads=n_threads,
-        )
+        if name in delta.low_rank:
+            target = _tuned_rows(base, delta, name, (first, last))
+            patch = requantize_whole(raw[first:last], kind, target, n_threads=n_threads)
+        else:
+            indices, theta = delta.entries(name, (first, last))
+            if not indices.size:
+                continue
+            patch = requantize(
+                raw[first:last],
+                kind,
+                indices - start,
+                theta,
+                tuned_weight=tuned_weight,
+                n_threads=n_threads,
+            )
         patches.append(replace(patch, ids=patch.ids + start // block_of(kind)[0]))
     return Patch(
         np.concatenate([patch.ids for patch in patches]),
@@ -220,17 +259,22 @@ def _requantize(
     )
 
 
+def _tuned_rows(base: GgufFile, delta: Delta, name: str, rows: tuple[int, int]) -> F32:
+    """Wanted values of some rows, (n_rows, n_cols)."""
+    values = base.dequantize(name, np.arange(*rows))
+    delta.add_to(name, rows, values)
+    return values
+
+
 def _round(
     base: GgufFile,
     delta: Delta,
     name: str,
     plain: Patch,
-    inputs: InputSample,
+    moments: Moments,
     rounding: Rounding,
-    n_threads: int | None,
+    n_threads: int,
 ) -> Patch:
-    layout = layout_of(base.tensors[name].type)
-    assert layout is not None
     weights = rounding.tuned_weights
     if name in delta.low_rank:  # all weights are tuned, so that a weight is a mere factor
         weights = (TUNED_WEIGHT,)
@@ -238,34 +282,29 @@ def _round(
         plain if weight == TUNED_WEIGHT else _requantize(base, delta, name, weight, n_threads)
         for weight in weights
     ]
-    target = _targets(base, delta, name, plain.ids)
     blocks, output_error = choose_codes(
         plain.ids,
         [start.blocks for start in starts],
-        layout,
-        target,
-        inputs.scaled(rounding.counted_share),
+        base.tensors[name].type,
+        _targets(base, delta, name, plain.ids),
+        moments,
         ridge=rounding.ridge,
     )
     return replace(plain, blocks=blocks, output_error=output_error)
 
 
-def _targets(
-    base: GgufFile, delta: Delta, name: str, ids: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Wanted values of some blocks, (n, block)."""
-    kind = base.tensors[name].type
-    block, block_bytes = block_of(kind)
-    stored = base.raw(name).reshape(-1, block_bytes)
+def _targets(base: GgufFile, delta: Delta, name: str, ids: NDArray[np.int64]) -> F32:
+    """Wanted values of some blocks, (n, block); of all where the tensor gets a product."""
+    block, block_bytes = block_of(base.tensors[name].type)
     n_rows, n_cols = delta.changed[name]
     values = np.empty((len(ids), block), np.float32)
-    for rows in row_parts(n_rows, n_cols, _TOGETHER):
-        low, high = np.searchsorted(ids, np.array(rows) * (n_cols // block))
-        if low == high:
-            continue
-        part = dequantize_rows(stored[ids[low:high]], kind)
-        indices, theta = delta.entries(name, rows)
-        position = np.searchsorted(ids[low:high], indices // block) * block + indices % block
-        part.reshape(-1)[position] += theta
-        values[low:high] = part
+    if name in delta.low_rank:
+        whole = values.reshape(n_rows, n_cols)
+        for first, last in row_parts(n_rows, n_cols, _TOGETHER):
+            whole[first:last] = _tuned_rows(base, delta, name, (first, last))
+        return values
+    stored = base.raw(name).reshape(-1, block_bytes)
+    values[:] = dequantize_rows(stored[ids], base.tensors[name].type)
+    indices, theta = delta.entries(name)
+    values.reshape(-1)[np.searchsorted(ids, indices // block) * block + indices % block] += theta
     return values

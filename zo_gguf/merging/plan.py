@@ -3,8 +3,8 @@
 Sizes are known without writing. Which plan is taken is decided in `merge`, by measuring.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,20 +34,22 @@ class Plan:
         promoted: Tuned tensors that get a finer type; all others keep theirs.
         n_bytes: Tensor data of the whole file.
         growth: n_bytes over the base's.
-        rounding: Which of `merge_patches.ROUNDINGS` the tensors that keep their type take.
+        way: How the tensors that keep their type are rounded: 0 is plain re-quantization, a higher
+            one chooses codes by the inputs, see `merging.patches`.
     """
 
     label: str
     promoted: Mapping[str, Type]
     n_bytes: int
     growth: float
-    rounding: int = 0
+    way: int = 0
 
 
-def plan_keep(base: GgufFile, rounding: int = 0) -> Plan:
+def plan_keep(base: GgufFile, way: int = 0) -> Plan:
     """Same types, same size."""
-    label = "same types" if rounding == 0 else f"same types, rounding {rounding + 1}"
-    return Plan(label, {}, _data_bytes(base, {}), 1.0, rounding)
+    labels = ["same types", "same types, codes by inputs"]
+    label = labels[way] if way < len(labels) else f"{labels[1]}, way {way}"
+    return Plan(label, {}, _data_bytes(base, {}), 1.0, way)
 
 
 def plan_all(base: GgufFile, delta: Delta, target: Type) -> Plan:
@@ -88,34 +90,38 @@ def _error(patch: Patch) -> float:
 def plans(
     base: GgufFile,
     delta: Delta,
-    patches: Mapping[str, Patch],
+    patches: Callable[[int], Mapping[str, Patch]],
     kind: str,
     max_growth: float,
-    n_roundings: int,
-) -> list[Plan]:
-    """Possible outputs, smallest first.
+    n_ways: int,
+) -> Iterator[Plan]:
+    """Possible outputs, smallest first, those of one size by the time that they take.
 
     Args:
         base: The file that was tuned.
         delta: What was learned.
-        patches: New bytes of the tensors that may keep their type.
+        patches: New bytes of the tensors that may keep their type, by a way of rounding.
         kind: "keep", "q8_0" or "f16" for that one, "auto" for all within `max_growth`.
         max_growth: Only limits "auto".
-        n_roundings: Ways of rounding that may be tried.
+        n_ways: Ways of rounding that may be tried.
     """
     if kind in _TARGETS:
-        return [plan_all(base, delta, Type[kind.upper()])]
-    result = [plan_keep(base, rounding) for rounding in range(n_roundings)]
+        yield plan_all(base, delta, Type[kind.upper()])
+        return
+    for way in range(n_ways):
+        yield plan_keep(base, way)
     if kind == "keep":
-        return result
+        return
+    way = min(1, n_ways - 1)
     for target in (Type.Q8_0, Type.F16):
         everything = plan_all(base, delta, target)
         if everything.growth > max_growth:
-            some = plan_some(base, patches, everything, max_growth)
-            return [*result, some] if some.promoted else result
+            some = plan_some(base, patches(way), everything, max_growth)
+            if some.promoted:
+                yield replace(some, way=way)
+            return
         if everything.promoted:
-            result.append(everything)
-    return result
+            yield replace(everything, way=way)
 
 
 def kept_tensors(base: GgufFile, delta: Delta, kind: str) -> list[str]:
@@ -149,19 +155,19 @@ def write_plan(
     Raises:
         DoesNotFitError: The disk is too small.
     """
-    replace = {}
+    new = {}
     for name in delta.changed:
         info = base.tensors[name]
         kind = plan.promoted.get(name)
         if kind is not None:
             make = _Promotion(base, name, kind, delta)
-            replace[name] = NewTensor(name, info.shape, kind, make)
+            new[name] = NewTensor(name, info.shape, kind, make)
         elif name in patches:
             same = partial(_patched, base, name, patches)
-            replace[name] = NewTensor(name, info.shape, info.type, same)
+            new[name] = NewTensor(name, info.shape, info.type, same)
     if any(kind not in _FLOATS for kind in plan.promoted.values()):
         keys = {"general.quantization_version": 2, **keys}
-    copy_gguf(base, path, replace=replace, keys=keys)
+    copy_gguf(base, path, replace=new, keys=keys)
 
 
 def _patched(base: GgufFile, name: str, patches: Mapping[str, Patch]) -> NDArray[np.uint8]:
@@ -184,8 +190,7 @@ class _Promotion:
 
     def _rows(self, first: int, last: int, n_cols: int) -> NDArray[np.uint8]:
         values = self.base.dequantize(self.name, np.arange(first, last))
-        indices, theta = self.delta.entries(self.name, (first, last))
-        values.reshape(-1)[indices - first * n_cols] += theta
+        self.delta.add_to(self.name, (first, last), values)
         if self.kind == Type.F16:
             if np.abs(values).max() > np.finfo(np.float16).max:
                 raise ZoError(

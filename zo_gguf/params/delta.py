@@ -197,6 +197,25 @@ class Delta:
         values[indices - first * n_cols] += sparse
         return np.arange(first * n_cols, last * n_cols), values
 
+    def add_to(self, name: str, rows: tuple[int, int], values: NDArray[np.float32]) -> None:
+        """Add to a tensor's values, (last - first, n_cols), what it gets, in place.
+
+        Args:
+            name: The tensor.
+            rows: First and last + 1 of the rows that `values` has.
+            values: C-contiguous.
+        """
+        first, last = rows
+        edit = self.low_rank.get(name)
+        if edit is not None:
+            left, right = edit.factors(self.theta[self.low_rank_slices()[name]])
+            values += left[:, first:last].T @ right
+        if name in self.tensors:
+            n_cols = self.changed[name][1]
+            indices, part = self.tensors[name], self.theta[self.slices()[name]]
+            low, high = np.searchsorted(indices, (first * n_cols, last * n_cols))
+            values.reshape(-1)[indices[low:high] - first * n_cols] += part[low:high]
+
     @property
     def is_zero(self) -> bool:
         """Whether it changes no matrix by anything; values in place and gains are not looked at."""

@@ -113,10 +113,10 @@ def _merge_model(job: _Job) -> MergeResult:
         nothing_to_choose = job.baseline is None or delta.is_zero
         kind = "keep" if nothing_to_choose and config.type == "auto" else config.type
         rounded = _Roundings(job, kind)
-        todo = plans(base, delta, rounded[0], kind, config.max_growth, rounded.n_ways)
+        todo = plans(base, delta, rounded.by, kind, config.max_growth, rounded.n_ways)
         for plan in todo:
             keys["zo_gguf.merge.types"] = plan.label
-            write_plan(base, delta, rounded[plan.rounding], plan, draft, keys)
+            write_plan(base, delta, rounded.by(plan.way), plan, draft, keys)
             candidate = _measured(job, draft, plan)
             tried.append(candidate)
             if candidate.better_than(best):
@@ -140,33 +140,34 @@ def _merge_model(job: _Job) -> MergeResult:
 
 
 class _Roundings:
-    """The new bytes by each way of rounding, made when asked for; those of the first are kept."""
+    """The new bytes by each way of rounding, made when asked for; the first two are kept."""
 
     def __init__(self, job: _Job, kind: str) -> None:
         base, delta, self._job = job.source, job.delta, job
         names = [] if delta.is_zero else kept_tensors(base, delta, kind)
         helps = job.baseline is not None and kind in ("auto", "keep")
         can = any(can_round(base.tensors[name].type) for name in names)
-        self.n_ways = len(ROUNDINGS) if helps and can else 1
+        self.n_ways = 1 + len(ROUNDINGS) if helps and can else 1
         self._folder = job.output.parent
-        n_bytes = patch_bytes(base, delta, names) * min(self.n_ways, 2)
+        n_bytes = patch_bytes(base, delta, names) * min(self.n_ways, 3)
         check_disk(job.output, base.path.stat().st_size + n_bytes)
         if names:
             _say(f"re-quantizing {len(names)} tuned matrices")
         self._plain = plain_patches(base, delta, names, self._folder, job.config.threads)
         self._first: Mapping[str, Patch] | None = None
 
-    def __getitem__(self, way: int) -> Mapping[str, Patch]:
-        if self.n_ways == 1 or self._job.baseline is None:
+    def by(self, way: int) -> Mapping[str, Patch]:
+        """The new bytes of a way: 0 is plain, the others choose codes by inputs."""
+        if way == 0 or self._job.baseline is None:
             return self._plain
-        if way == 0 and self._first is not None:
+        if way == 1 and self._first is not None:
             return self._first
-        job, rows, rounding = self._job, self._job.baseline.calibration, ROUNDINGS[way]
+        job, rows, rounding = self._job, self._job.baseline.calibration, ROUNDINGS[way - 1]
         _say("choosing codes by the inputs of the tuned weights")
         made = rounded_patches(
             job.source, job.delta, self._plain, rows, rounding, self._folder, job.config.threads
         )
-        if way == 0:
+        if way == 1:
             self._first = made
         return made
 
