@@ -21,6 +21,7 @@ from zo_gguf.gguf_files.header import Header, HeaderError, decode_value, parse_h
 from zo_gguf.system import require_file
 
 _HASH_CHUNK = 1 << 24  # bytes
+_DEQUANTIZED = 1 << 15  # weights at once, so that what lies between fits into the cache
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,22 @@ def dequantize_rows(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArr
     Raises:
         ZoError: gguf has no dequantizer for `kind`.
     """
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    flat = np.ascontiguousarray(raw).reshape(1, -1)
+    n_blocks, step = flat.size // block_bytes, max(1, _DEQUANTIZED // block)
+    values = np.empty((n_blocks, block), np.float32)
     try:
         with np.errstate(all="ignore"):
-            values = gguf.quants.dequantize(np.ascontiguousarray(raw), kind)
+            for first in range(0, n_blocks, step):
+                # One row for gguf, which else takes 16 at a time, however short they are.
+                part = flat[:, first * block_bytes : (first + step) * block_bytes]
+                values[first : first + step] = gguf.quants.dequantize(part, kind).reshape(-1, block)
     except NotImplementedError:
         raise ZoError(
             f"Weights of type {kind.name} cannot be read here; "
             "use a GGUF with Q4_0, Q8_0, K-quants or floats."
         ) from None
-    return np.asarray(values, dtype=np.float32)
+    return values.reshape(*raw.shape[:-1], raw.shape[-1] // block_bytes * block)
 
 
 class GgufFile:

@@ -180,7 +180,9 @@ def rounded_patches(
     n_threads = n_threads or default_threads()
     with _progress(delta, chain(*portions), "choosing codes") as bar:
         for names in portions:
+            bar.set_description("reading inputs")
             inputs = sample_inputs(base, delta, names, rows, n_threads=n_threads)
+            bar.set_description("choosing codes")
             with ExitStack() as stack:
                 last: InputSample | None = None
                 for name in names:
