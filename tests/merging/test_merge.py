@@ -20,7 +20,7 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging import stock_eval
-from zo_gguf.merging.patches import ROUNDINGS
+from zo_gguf.merging.patches import roundings
 from zo_gguf.merging.result import Candidate, Retention
 from zo_gguf.merging.stock import Measured, measure_stock
 from zo_gguf.params.delta import Delta
@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 @pytest.fixture(autouse=True)
 def two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain re-quantization and the first choice of codes."""
-    monkeypatch.setattr(merge_module, "ROUNDINGS", ROUNDINGS[:1])
+    monkeypatch.setattr(merge_module, "roundings", lambda delta: roundings(delta)[:1])
 
 
 def config(made: tuple[Path, Path, Path], output: Path, **options: object) -> MergeConfig:

@@ -138,7 +138,7 @@ def _decode(context: Any, parts: Sequence[Text], start: int, width: int) -> list
 
 
 MAX_SAMPLES = 4096  # tokens recorded
-_MAX_ROWS = 128
+_MAX_ROWS = 512
 _DECODE = 512  # tokens of a decode that records, more for a longer row
 
 Flags = NDArray[np.bool_]

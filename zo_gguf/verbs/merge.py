@@ -22,11 +22,11 @@ from zo_gguf.gguf_files.write import Value, check_disk
 from zo_gguf.merging.edits import write_edited
 from zo_gguf.merging.measure import Baseline, Rows, find_source, measure_baseline, open_base
 from zo_gguf.merging.patches import (
-    ROUNDINGS,
     can_round,
     patch_bytes,
     plain_patches,
     rounded_patches,
+    roundings,
 )
 from zo_gguf.merging.plan import Plan, kept_tensors, missing_growth, plans, write_plan
 from zo_gguf.merging.requantize import Patch
@@ -147,7 +147,8 @@ class _Roundings:
         names = [] if delta.is_zero else kept_tensors(base, delta, kind)
         helps = job.baseline is not None and kind in ("auto", "keep")
         can = any(can_round(base.tensors[name].type) for name in names)
-        self.n_ways = 1 + len(ROUNDINGS) if helps and can else 1
+        self._roundings = roundings(delta)
+        self.n_ways = 1 + len(self._roundings) if helps and can else 1
         self._folder = job.output.parent
         n_bytes = patch_bytes(base, delta, names) * min(self.n_ways, 3)
         check_disk(job.output, base.path.stat().st_size + n_bytes)
@@ -162,7 +163,7 @@ class _Roundings:
             return self._plain
         if way == 1 and self._first is not None:
             return self._first
-        job, rows, rounding = self._job, self._job.baseline.calibration, ROUNDINGS[way - 1]
+        job, rows, rounding = self._job, self._job.baseline.calibration, self._roundings[way - 1]
         _say("choosing codes by the inputs of the tuned weights")
         made = rounded_patches(
             job.source, job.delta, self._plain, rows, rounding, self._folder, job.config.threads
