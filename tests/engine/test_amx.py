@@ -14,8 +14,8 @@ import pytest
 
 from tests.helpers.tiny_gguf import write_llama
 from zo_gguf.config import EnvConfig
-from zo_gguf.engine import amx
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.hardware import amx
 from zo_gguf.errors import ZoError
 from zo_gguf.verbs.info import env
 
@@ -37,7 +37,7 @@ def dies_of(signal: str, folder: Path) -> str:
 
 def test_the_installed_one_runs(tmp_path: Path) -> None:
     amx.write_model(tmp_path / "m.gguf")
-    command = [sys.executable, "-P", "-m", "zo_gguf.engine.amx", str(tmp_path / "m.gguf")]
+    command = [sys.executable, "-P", "-m", "zo_gguf.engine.hardware.amx", str(tmp_path / "m.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not amx.crashes()

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tests.helpers.tiny_gguf import write_llama
 from zo_gguf.config import MergeConfig, TuneConfig
 from zo_gguf.data.dataset import Example
-from zo_gguf.engine import backends
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.hardware import backends
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta
 from zo_gguf.tuning.methods import start

@@ -19,8 +19,8 @@ from tests.engine.test_adapter import METHODS, PROBES, ROWS, config, rows_file
 from zo_gguf.config import ReplayConfig, TuneConfig
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.attach import attach
-from zo_gguf.engine.backends import list_devices
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.hardware.backends import list_devices
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import Probe

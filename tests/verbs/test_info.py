@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from tests.helpers.tiny_gguf import LINEAR, random_delta, write_llama
 from zo_gguf import cli
 from zo_gguf.config import EnvConfig, InfoConfig, MergeConfig
-from zo_gguf.engine.backends import Device, gpu_in_words
+from zo_gguf.engine.hardware.backends import Device, gpu_in_words
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta

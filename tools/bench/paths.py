@@ -18,8 +18,8 @@ import numpy as np
 from tools.bench.hook import seconds
 from zo_gguf.config import TuneConfig
 from zo_gguf.data.dataset import Example, load_examples
-from zo_gguf.engine.backends import list_devices
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.hardware.backends import list_devices
 from zo_gguf.errors import ZoError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import Probe

@@ -87,7 +87,7 @@ def source_archive(venv: Venv) -> Path:
 
 
 def compiler_flags() -> dict[str, str]:
-    """Environment by which llama.cpp's AMX code is left out; zo_gguf/engine/amx.py says why."""
+    """Environment that leaves llama.cpp's AMX code out; zo_gguf/engine/hardware/amx.py says why."""
     if not has_amx():
         return {}
     names = ("CFLAGS", "CXXFLAGS")

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.adapter import AdapterParameters, EnginePath, choose_path
-from zo_gguf.engine.backends import kernels_run
 from zo_gguf.engine.batch import DecodeBatch, build_request, lay_out
 from zo_gguf.engine.context import Context
+from zo_gguf.engine.hardware.backends import kernels_run
 from zo_gguf.engine.model import Model, native_library
 from zo_gguf.engine.parameters import Parameters
 from zo_gguf.errors import ZoError

@@ -16,8 +16,8 @@ import psutil
 from llama_cpp._logger import llama_log_callback
 from numpy.typing import NDArray
 
-from zo_gguf.engine.amx import require_working_amx
 from zo_gguf.engine.batch import DecodeBatch
+from zo_gguf.engine.hardware.amx import require_working_amx
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import Library
 from zo_gguf.system import deferred, usable_cores

@@ -19,8 +19,8 @@ import numpy as np
 import zo_gguf
 from zo_gguf.config import EnvConfig, InfoConfig, takes
 from zo_gguf.config.option import to_dict
-from zo_gguf.engine.amx import amx_is_left_out, amx_problem
-from zo_gguf.engine.backends import (
+from zo_gguf.engine.hardware.amx import amx_is_left_out, amx_problem
+from zo_gguf.engine.hardware.backends import (
     cpu_features,
     engine_version,
     gpu_in_words,

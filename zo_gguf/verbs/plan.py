@@ -11,8 +11,8 @@ import psutil
 
 from zo_gguf.config import TuneConfig, takes
 from zo_gguf.data.dataset import Draw
-from zo_gguf.engine.backends import supports_offload
 from zo_gguf.engine.engine import Engine
+from zo_gguf.engine.hardware.backends import supports_offload
 from zo_gguf.errors import DoesNotFitError
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.params.delta import Delta

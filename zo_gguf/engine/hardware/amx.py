@@ -5,7 +5,7 @@ the first product of a quantized matrix then ends the process: llama.cpp issue 2
 26954. The only way to know is to try, in a process of its own. The cure is to compile llama.cpp
 without that code.
 
-    python -m zo_gguf.engine.amx MODEL.gguf    # runs some tokens; dies where the code is broken
+    python -m zo_gguf.engine.hardware.amx MODEL.gguf    # some tokens; dies where code is broken
 """
 
 import subprocess
@@ -63,7 +63,7 @@ def crashes() -> bool:
     with tempfile.TemporaryDirectory(prefix="zo-gguf-") as folder:
         path = Path(folder, "model.gguf")
         write_model(path)
-        command = [sys.executable, "-P", "-m", "zo_gguf.engine.amx", str(path)]
+        command = [sys.executable, "-P", "-m", "zo_gguf.engine.hardware.amx", str(path)]
         return subprocess.run(command, capture_output=True, check=False).returncode < 0
 
 

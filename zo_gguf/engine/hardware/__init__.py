@@ -1,0 +1,1 @@
+"""What llama.cpp, as it was built, can do on this machine."""
