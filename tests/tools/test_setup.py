@@ -400,3 +400,4 @@ class TestRooms:
         table = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
         named = set(re.findall(r"`([\w.]+)/?`", " ".join(table)))
         assert entries == named
+        assert len(entries) + 2 <= 14

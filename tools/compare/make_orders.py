@@ -6,7 +6,7 @@ JSON, and nothing else. A model that was only instructed to chat explains instea
 whether training took. All words are our own. Valid and test rows combine them in ways that no
 training row has. The same seed always gives the same files, on every machine and Python.
 
-    python -m tools.make_orders orders --seed 0
+    python -m tools.compare.make_orders orders --seed 0
 """
 
 import argparse
