@@ -8,11 +8,12 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from tests.helpers.block_codes import read_blocks
 from tests.helpers.tiny_gguf import WIDTH, packed, random_delta, write_llama
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine import readout
 from zo_gguf.engine.readout import InputSample, sample_inputs
-from zo_gguf.gguf_files.blocks import layout_of, read_blocks
+from zo_gguf.gguf_files.blocks import layout_of
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.merging import code_search
 from zo_gguf.merging import patches as merge_patches

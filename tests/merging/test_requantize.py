@@ -6,10 +6,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from tests.helpers.block_codes import read_numbers, write_numbers
 from tests.helpers.tiny_gguf import packed
 from zo_gguf.engine.quantize import quantize_blocks
 from zo_gguf.errors import ZoError
-from zo_gguf.gguf_files.blocks import layout_of, read_numbers, write_numbers
+from zo_gguf.gguf_files.blocks import layout_of
 from zo_gguf.merging.requantize import TUNED_WEIGHT, block_of, requantize
 
 FLOATS = [Type.F32, Type.F16, Type.BF16]
