@@ -27,18 +27,28 @@ int64_t values_of_token(const graph_tensor & t, int k) {
     return n;
 }
 
+struct row_sums {
+    double squares = 0, products = 0;
+};
+
+// Sums of x * x and of x * dy.
+row_sums sums_of(const float * x, const float * dy, int64_t n) {
+    row_sums sums;
+    for (int64_t i = 0; i < n; ++i) {
+        sums.squares += (double) x[i] * x[i];
+        sums.products += (double) x[i] * dy[i];
+    }
+    return sums;
+}
+
 }  // namespace
 
 void rms_norm_back(const float * x, const float * dy, float * dx, int64_t n, int64_t n_rows, float eps) {
     for (int64_t row = 0; row < n_rows; ++row, x += n, dy += n, dx += n) {
-        double squares = 0, products = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            squares += (double) x[i] * x[i];
-            products += (double) x[i] * dy[i];
-        }
-        const double inverse = 1 / std::sqrt(squares / (double) n + eps);
-        const float  scale   = (float) inverse,
-                     along   = (float) (products / (double) n * inverse * inverse * inverse);
+        const auto [squares, products] = sums_of(x, dy, n);
+        const double inverse           = 1 / std::sqrt(squares / (double) n + eps);
+        const float  scale             = (float) inverse,
+                     along             = (float) (products / (double) n * inverse * inverse * inverse);
         for (int64_t i = 0; i < n; ++i) {
             dx[i] += scale * dy[i] - along * x[i];
         }
@@ -68,14 +78,10 @@ void norm_back(const float * x, const float * dy, float * dx, int64_t n, int64_t
 
 void l2_norm_back(const float * x, const float * dy, float * dx, int64_t n, int64_t n_rows, float eps) {
     for (int64_t row = 0; row < n_rows; ++row, x += n, dy += n, dx += n) {
-        double squares = 0, products = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            squares += (double) x[i] * x[i];
-            products += (double) x[i] * dy[i];
-        }
-        const double length = std::sqrt(squares);
-        const float  scale  = (float) (1 / std::max(length, (double) eps));
-        const float  along  = length > eps ? (float) (products / (squares * length)) : 0.0f;
+        const auto [squares, products] = sums_of(x, dy, n);
+        const double length            = std::sqrt(squares);
+        const float  scale             = (float) (1 / std::max(length, (double) eps));
+        const float  along             = length > eps ? (float) (products / (squares * length)) : 0.0f;
         for (int64_t i = 0; i < n; ++i) {
             dx[i] += scale * dy[i] - along * x[i];
         }
