@@ -18,7 +18,7 @@ from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import Probe
 from zo_gguf.params.delta import Delta
 from zo_gguf.params.mask import Mask, MaskHeader
-from zo_gguf.tuning.calibrate import choose_eps, measure_noise
+from zo_gguf.tuning.calibrate import measure_noise
 
 N_PROBES = 24
 
@@ -71,7 +71,7 @@ def test_projected_gradient_is_the_directional_derivative(
         examples = [replace(row, choices=(), answer=-1) for row in rows(engine)]
         model = reference.torch_model(tiny_llama_dir, path)
         reference.add_delta(model, engine.delta.tensors, engine.delta.shapes, engine.theta())
-        assert correlation(engine, model, examples, choose_eps(engine, examples)) >= least
+        assert correlation(engine, model, examples, measure_noise(engine, examples).eps) >= least
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -10,7 +10,7 @@ from zo_gguf.data.dataset import Example
 from zo_gguf.engine.engine import Engine
 from zo_gguf.gguf_files.file import GgufFile
 from zo_gguf.libzo import Probe
-from zo_gguf.tuning.calibrate import choose_eps
+from zo_gguf.tuning.calibrate import measure_noise
 from zo_gguf.tuning.methods import start
 
 N_PROBES, N_ROWS, N_TOKENS = 24, 16, 24
@@ -40,7 +40,7 @@ def test_projected_gradient_is_the_directional_derivative(
         theta = torch.tensor(engine.theta()).double().requires_grad_()
         base.own.losses(engine.delta, theta, rows).mean().backward()
         exact = [theta.grad.numpy() @ engine.noise(seed) for seed in range(N_PROBES)]
-        eps = choose_eps(engine, rows)
+        eps = measure_noise(engine, rows).eps
         probes = [Probe(seed, side * eps) for seed in range(N_PROBES) for side in (1, -1)]
         losses = engine.losses(rows, probes).mean(axis=1).reshape(-1, 2)
     slopes = (losses[:, 0] - losses[:, 1]) / (2 * eps)

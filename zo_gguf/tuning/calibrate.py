@@ -23,7 +23,7 @@ from zo_gguf.engine.engine import Engine
 from zo_gguf.errors import ZoError
 from zo_gguf.libzo import Probe
 from zo_gguf.tuning.estimators import estimate, estimator_of
-from zo_gguf.tuning.line_search import TRIES, search_rate
+from zo_gguf.tuning.line_search import NO_SLOPE, TRIES, search_rate
 from zo_gguf.tuning.optimizer import default_learning_rate
 from zo_gguf.tuning.trainable import Trainable
 
@@ -36,10 +36,6 @@ _FIRST, _LAST = 4e-3, 0.512
 _MAX_FORWARDS = 2 * (_FLOOR_SEEDS + 12 * _SLOPE_SEEDS)  # of all rows, as a rule
 _NONLINEAR = 0.2  # relative change of the slopes at which the ladder ends
 _BENT = 1 / 40  # relative change of the rows' slopes up to which the loss counts as linear
-NO_SLOPE = (
-    "The loss does not change with the trainable weights; check that the data's counted tokens are "
-    "what you want to teach (`zo-gguf data check`)."
-)
 _SAMPLE = 8  # directions that tell how large an estimate is
 _CLEAR = 2.5  # times the noise from which on a change is one
 
@@ -169,15 +165,6 @@ class NoiseReport:
             f"{self.difference:.1e}, {self.difference / max(self.floor, 1e-300):.0f} times as much "
             f"(expected error of a projected gradient: {100 * self.error:.1f} %)"
         )
-
-
-def choose_eps(engine: Engine, examples: Sequence[Example]) -> float:
-    """The eps at which central differences of the mean loss of `examples` are most accurate.
-
-    Raises:
-        ZoError: The loss does not react to perturbations at all, or is not finite.
-    """
-    return measure_noise(engine, examples).eps
 
 
 def measure_noise(engine: Engine, examples: Sequence[Example]) -> NoiseReport:

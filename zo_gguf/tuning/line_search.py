@@ -24,6 +24,10 @@ _FACTOR = 3.0  # from one try to the next
 _MOST = 12  # tries
 TRIES = 6  # as a rule, and a step
 _SHARE = 0.5  # of the way to the lowest point
+NO_SLOPE = (
+    "The loss does not change with the trainable weights; check that the data's counted tokens are "
+    "what you want to teach (`zo-gguf data check`)."
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,7 @@ def search_rate(config: TuneConfig, trainable: Trainable, engine: Engine, draw: 
         raise ZoError(f"{problem} before the first step; the model or the data is broken.")
     gradient = measured.gradient(engine.noise)
     if not gradient.any():
-        raise ZoError(
-            "The loss does not change with the trainable weights; check that the data's counted "
-            "tokens are what you want to teach (`zo-gguf data check`)."
-        )
+        raise ZoError(NO_SLOPE)
     theta = engine.theta()
     change = np.zeros_like(theta)
     make_optimizer(config.optimizer, theta.size, trainable.n_lasting).update(change, gradient, 1.0)
@@ -101,7 +102,6 @@ def search_rate(config: TuneConfig, trainable: Trainable, engine: Engine, draw: 
             losses.append(_loss(engine, others))
             rate *= _FACTOR
     finally:
-        engine.set_theta(theta)
         trainable.place(0)
     found = LineSearch(rates, losses)
     if found.lowest == 0:

@@ -27,10 +27,10 @@ class Method:
         look: The same for a method that must see rows in the model first, which is opened without
             parameters.
         reads: Those of its options that other methods may not read.
-        rank: Its default rank, where it has one.
+        rank: Its default rank; 0 where it has none.
     """
 
     start: Callable[[TuneConfig, GgufFile], Delta] | None = None
     look: Callable[[TuneConfig, Engine, Draw], Chosen] | None = None
     reads: tuple[str, ...] = ()
-    rank: int = 8
+    rank: int = 0
