@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from zo_gguf.data.dataset import Example
 from zo_gguf.engine.adapter import EnginePath
-from zo_gguf.engine.backends import repacking_pays
 from zo_gguf.engine.batch import (
     DecodeBatch,
     Matrix,
@@ -25,6 +24,7 @@ from zo_gguf.engine.batch import (
     repetitions,
 )
 from zo_gguf.engine.forward import Forward, ForwardOptions
+from zo_gguf.engine.hardware.backends import repacking_pays
 from zo_gguf.engine.model import Model, Vocabulary, default_threads
 from zo_gguf.engine.parameters import Parameters
 from zo_gguf.engine.readout import hidden_states
@@ -193,7 +193,7 @@ class Engine:
 
     def score(self, examples: Sequence[Example], probes: Sequence[Probe] = (AT_THETA,)) -> Scores:
         """Losses and correctness of every example at every probe; see `losses`."""
-        request, padded = self._request(examples), self._options.padded
+        request, padded = self.request(examples), self._options.padded
         nll = np.full((len(probes), request.n_targets), np.nan)
         n_tokens = 0
         for group in pack(request.sequences, self.ctx_tokens, request.n_shared):
@@ -209,7 +209,7 @@ class Engine:
 
     def widest(self, examples: Sequence[Example]) -> int:
         """How many probes fit into one decode with all of the examples; 1 if not even one does."""
-        request = self._request(examples)
+        request = self.request(examples)
         (first, *others) = pack(request.sequences, self.ctx_tokens, request.n_shared)
         if others or self.parameters.one_probe_per_decode:
             return 1
@@ -240,7 +240,8 @@ class Engine:
         """Whether every sequence has a cache of its own, padded to equal length."""
         return self._options.padded
 
-    def _request(self, examples: Sequence[Example]) -> Request:
+    def request(self, examples: Sequence[Example]) -> Request:
+        """What has to go through the model for the losses of examples; see `build_request`."""
         return build_request(examples, 0 if self._options.padded else self.ctx_tokens)
 
     def hidden_states(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -20,7 +20,6 @@ from zo_gguf.data.dataset import Example
 from zo_gguf.engine.batch import (
     DecodeBatch,
     Request,
-    build_request,
     lay_out,
     loss_slopes,
     pack,
@@ -28,8 +27,9 @@ from zo_gguf.engine.batch import (
 )
 from zo_gguf.engine.engine import Engine
 from zo_gguf.engine.model import native_library
+from zo_gguf.engine.readout import recording
 from zo_gguf.errors import ZoError
-from zo_gguf.libzo import AT_THETA, Feedback, Recorder
+from zo_gguf.libzo import AT_THETA, Feedback
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -124,7 +124,7 @@ class FeedbackPass:
     def _learn_graph(self) -> Reach:
         """Decode a few tokens, fewer of them outputs, so that the graph is known."""
         start = max(self._engine.vocabulary.bos_id, 0)
-        request = _request(self._engine, [Example([start] * 4, [False, True, True, False])])
+        request = self._engine.request([Example([start] * 4, [False, True, True, False])])
         self._decode(_batches(self._engine, request)[0], slice(None))
         native = self._native
         reach = Reach(native.matrices(), native.norms(), native.stops())
@@ -262,11 +262,7 @@ def counted_inputs(
     """
     widths = {name: engine.gguf.info(name).n_cols for name in names}
     most = max(1, most_bytes // (sum(widths.values()) * np.float32().itemsize))
-    recorder = Recorder(native_library())
-    for name, width in widths.items():
-        recorder.add(name, width)
-    engine.hook.set_recorder(recorder)
-    try:
+    with recording(native_library(), engine.hook, widths) as recorder:
         for _, request in _portions(engine, examples, most):
             for batch in _batches(engine, request):
                 outputs = np.flatnonzero(batch.is_output).astype(np.int32)
@@ -278,16 +274,9 @@ def counted_inputs(
                     if key not in same:
                         same[key] = recorder.read(number)[1]
                 yield {name: same[recorder.input_of(k)] for k, name in enumerate(widths)}
-    finally:
-        engine.hook.set_recorder(None)
-        recorder.free()
 
 
 # ---- decodes -------------------------------------------------------------------------------------
-
-
-def _request(engine: Engine, examples: Sequence[Example]) -> Request:
-    return build_request(examples, 0 if engine.is_padded else engine.ctx_tokens)
 
 
 def _portions(
@@ -296,13 +285,13 @@ def _portions(
     """Examples with at most so many positions that count, or one; and the number of the first."""
     first = n_outputs = 0
     for number, example in enumerate(examples):
-        own = sum(s.n_outputs for s in _request(engine, [example]).sequences)
+        own = sum(s.n_outputs for s in engine.request([example]).sequences)
         if number > first and n_outputs + own > most:
-            yield first, _request(engine, examples[first:number])
+            yield first, engine.request(examples[first:number])
             first, n_outputs = number, 0
         n_outputs += own
     if examples:
-        yield first, _request(engine, examples[first:])
+        yield first, engine.request(examples[first:])
 
 
 def _batches(engine: Engine, request: Request) -> list[DecodeBatch]:

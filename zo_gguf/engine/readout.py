@@ -5,7 +5,7 @@ embedding mode; inputs of matrices are recorded by libzo beside the products, in
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,13 +240,9 @@ def record_inputs(
     Raises:
         ZoError: A row is longer than a decode, or the engine's graph is not supported.
     """
-    recorder = Recorder(library)
-    for name, width in widths.items():
-        recorder.add(name, width)
     parts: dict[str, list[InputSample]] = {}
     same: dict[str, str] = {}  # weight -> the first one that reads the same
-    hook.set_recorder(recorder)
-    try:
+    with recording(library, hook, widths) as recorder:
         for group in pack([_whole(example) for example in examples], max_tokens):
             batch = lay_out(group, 1, padded=False)
             outputs = np.flatnonzero(batch.is_output).astype(np.int32)
@@ -258,11 +254,28 @@ def record_inputs(
                     tokens, values = recorder.read(number)
                     sample = InputSample(values, batch.is_output[tokens])
                     parts.setdefault(name, []).append(sample)
+    joined = {name: _joined(parts.pop(name)) for name in list(parts)}
+    return {name: joined[first] for name, first in same.items()}
+
+
+@contextmanager
+def recording(library: Library, hook: Hook, widths: Mapping[str, int]) -> Iterator[Recorder]:
+    """Have a hook record what some matrices are multiplied by, in decodes that are announced.
+
+    Args:
+        library: libzo.
+        hook: Of the context that decodes.
+        widths: The matrices, and the number of their columns.
+    """
+    recorder = Recorder(library)
+    try:
+        for name, width in widths.items():
+            recorder.add(name, width)
+        hook.set_recorder(recorder)
+        yield recorder
     finally:
         hook.set_recorder(None)
         recorder.free()
-    joined = {name: _joined(parts.pop(name)) for name in list(parts)}
-    return {name: joined[first] for name, first in same.items()}
 
 
 def _shared(recorder: Recorder, names: Sequence[str]) -> dict[str, str]:
