@@ -152,7 +152,7 @@ def test_losses_are_those_of_single_texts(
 
     shared = [score(), score(probes_per_decode=3)]
     split = score(kv_layout="split")
-    monkeypatch.setattr(Engine, "_request", lambda _, examples: build_request(examples))
+    monkeypatch.setattr(Engine, "request", lambda _, examples: build_request(examples))
     # From 64 tokens on, llama.cpp's attention has another order of sums: like is held against like.
     alone = [score(one_by_one=True), score(probes_per_decode=3)]
     assert np.abs(alone[0].losses[1] - alone[0].losses[2]).max() > 0.05
